@@ -1,0 +1,138 @@
+"""One frozen type per stage of a step. Rows are read-only numpy arrays, so they cross Ray without copies."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntRow = NDArray[np.int32]
+FloatRow = NDArray[np.float32]
+Message = Mapping[str, str]
+Finish = Literal["stop", "length", "abort"]
+
+
+def int_row(values: Any) -> IntRow:
+    """A read-only int32 copy of `values`."""
+    row = np.array(values, dtype=np.int32)
+    row.flags.writeable = False
+    return row
+
+
+def float_row(values: Any) -> FloatRow:
+    """A read-only float32 copy of `values`."""
+    row = np.array(values, dtype=np.float32)
+    row.flags.writeable = False
+    return row
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """A prompt as the engine sees it (`tokens`) and as its author wrote it (`messages`, all `columns`)."""
+
+    id: str
+    tokens: IntRow
+    messages: tuple[Message, ...]
+    columns: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingSettings:
+    """How completions are drawn. `seed` differs per prompt and step, so a run can be repeated."""
+
+    n: int
+    max_tokens: int
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = -1
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One completion.
+
+    `tokens` and `logprobs` (natural logarithm, under the sampling distribution) have one entry per
+    sampled token, the end-of-sequence or stop token included; `loss_mask` is 1 for tokens to train on.
+    `versions` are the oldest and newest weight version that produced it.
+    """
+
+    tokens: IntRow
+    logprobs: FloatRow
+    text: str
+    finish: Finish
+    loss_mask: IntRow
+    versions: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """All completions of one prompt."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """A group with its rewards: the weighted sum, NaN where no function applied, and the values by function."""
+
+    group: Group
+    rewards: FloatRow
+    parts: Mapping[str, tuple[float | None, ...]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSample:
+    """A sequence to train on; every row has one entry per token of prompt and completion."""
+
+    tokens: IntRow
+    loss_mask: IntRow
+    advantages: FloatRow
+    logprobs: FloatRow
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """Samples packed into one row of T tokens.
+
+    `starts_S` has the offset of each sequence and T at its end; padding is a last sequence of its own.
+    `positions_T` count from 0 in every sequence. The other rows belong to the *prediction* at t:
+    `labels_T[t]` is the token after `tokens_T[t]`, `loss_mask_T[t]` is 1 where that label is trained on,
+    `logprobs_T` is the engine's log-probability of the label. `old_logprobs_T` (trainer, before the first
+    optimizer step on these samples) and `ref_logprobs_T` (reference) are None where they are not needed.
+    """
+
+    tokens_T: IntRow
+    labels_T: IntRow
+    positions_T: IntRow
+    starts_S: IntRow
+    loss_mask_T: IntRow
+    advantages_T: FloatRow
+    logprobs_T: FloatRow
+    old_logprobs_T: FloatRow | None = None
+    ref_logprobs_T: FloatRow | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """One optimizer step: micro-batches of each data-parallel rank, all of one length T, as many for each.
+
+    The loss is a sum over tokens, divided once by `num_loss_tokens`, counted over all ranks.
+    """
+
+    ranks: tuple[tuple[MicroBatch, ...], ...]
+    num_loss_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """Outcome of one optimizer step; metrics are means over the loss tokens of the global batch."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    metrics: Mapping[str, float]

@@ -1,0 +1,1 @@
+"""Reward functions: loading, calling, and a few plain ones."""

@@ -1,0 +1,1 @@
+"""How weights change shape and place: layouts, rules, plans, checkpoints, transports."""

@@ -1,0 +1,1 @@
+"""Engines for the weight-transfer API of vLLM."""

@@ -1,0 +1,248 @@
+"""Every option of a run, once. Imports pydantic only, so a config parses without torch."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys are errors, docstrings under fields are their help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The policy and its reference."""
+
+    model: str = Field(min_length=1)
+    """Directory with a Hugging Face checkpoint, or a hub name on a machine that reaches the hub."""
+    ref_model: str | None = None
+    """Reference for the KL term; by default the model as it was at the start."""
+    torch_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the trained parameters and of the engines. In bfloat16 the optimizer keeps float32 copies."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where trainers and engines run. Only cpu has been run by this project so far."""
+
+
+class TrainerConfig(Section):
+    """The Megatron-core ranks, the optimizer and its schedule. Names are Megatron's."""
+
+    tensor_model_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share each layer's matrices."""
+    pipeline_model_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share the layers, in order."""
+    data_parallel_size: int = Field(default=1, ge=1)
+    """Replicas; ranks in total = tensor x pipeline x data."""
+    sequence_parallel: bool = False
+    """Split norms and residuals over the tensor-parallel ranks along the sequence."""
+    micro_batch_size: int = Field(default=8, ge=1)
+    """Samples packed into one micro-batch of one data-parallel rank. Does not change the gradient."""
+    lr: float = Field(default=1e-6, gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the schedule after the warm-up."""
+    lr_warmup_iters: int = Field(default=0, ge=0)
+    """Optimizer steps from zero to the peak learning rate."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay, on matrices only."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of Adam's first moment."""
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of Adam's second moment."""
+    adam_eps: float = Field(default=1e-8, gt=0)
+    """Added to Adam's denominator."""
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Largest norm of the gradient over all ranks; 0 turns clipping off."""
+    use_distributed_optimizer: bool = True
+    """Split the optimizer state over the data-parallel ranks."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of trainer ranks."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.data_parallel_size
+
+
+class RolloutConfig(Section):
+    """The vLLM engines. Names are vLLM's."""
+
+    num_engines: int = Field(default=1, ge=1)
+    """Independent engines; each takes the next prompt when it has room."""
+    max_model_len: int | None = Field(default=None, ge=1)
+    """Longest prompt plus completion in tokens; by default the model's own limit."""
+    max_num_seqs: int = Field(default=64, ge=1)
+    """Sequences one engine decodes at the same time."""
+    gpu_memory_utilization: float = Field(default=0.8, gt=0, le=1)
+    """Share of GPU memory an engine may take. GPU only, untested."""
+    kv_cache_memory_bytes: int = Field(default=256 << 20, ge=1 << 20)
+    """Size of the key-value cache of one engine on CPU."""
+    enforce_eager: bool = True
+    """Run without torch.compile and graphs; on CPU compilation costs more than it saves on small models."""
+    enable_prefix_caching: bool = True
+    """Reuse the key-value cache of common prefixes; it is cleared after every weight sync."""
+
+
+class GRPOConfig(Section):
+    """Group-relative policy optimization. Names are TRL's."""
+
+    num_generations: int = Field(default=8, ge=2)
+    """Completions per prompt: the group that advantages are relative to."""
+    prompts_per_step: int = Field(default=16, ge=1)
+    """Prompts per generation step."""
+    steps_per_generation: int = Field(default=1, ge=1)
+    """Optimizer steps that one generation step is split into."""
+    max_completion_length: int = Field(default=512, ge=1)
+    """Longest completion in tokens; longer ones are cut and marked `length`."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature; the trainer's log-probabilities use the same one."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling; below 1 the trained distribution is no longer the sampled one."""
+    top_k: int = Field(default=-1, ge=-1)
+    """Sample among the k likeliest tokens; -1 for all."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion."""
+    epsilon: float = Field(default=0.2, gt=0)
+    """Lower clip of the probability ratio, 1 - epsilon."""
+    epsilon_high: float | None = Field(default=None, gt=0)
+    """Upper clip, 1 + epsilon_high; equal to epsilon when not given."""
+    beta: float = Field(default=0.0, ge=0)
+    """Weight of the KL term (k3 estimator) to the reference; 0 builds no reference."""
+    scale_rewards: Literal["group", "none"] = "group"
+    """Divide advantages by the group's standard deviation, or not."""
+    importance_sampling_correction: bool = True
+    """Weight each token by trainer probability over engine probability, truncated."""
+    importance_sampling_cap: float = Field(default=2.0, gt=0)
+    """Upper truncation of that weight."""
+    max_empty_steps: int = Field(default=10, ge=1)
+    """End with an error after this many steps in a row in which no group carried a signal."""
+
+
+class SFTConfig(Section):
+    """Supervised fine-tuning on prompt/completion or messages rows."""
+
+    batch_size: int = Field(default=64, ge=1)
+    """Samples per optimizer step."""
+    max_length: int = Field(default=1024, ge=2)
+    """Longest sample in tokens; longer ones are an error that names the row."""
+
+
+class DataConfig(Section):
+    """Where prompts come from."""
+
+    dataset: str = Field(min_length=1)
+    """A JSONL file with `prompt` or `messages`, or `reasoning_gym:NAME`."""
+    eval_dataset: str | None = None
+    """Held-out prompts, in the same forms."""
+    dataset_size: int = Field(default=1000, ge=1)
+    """Rows to draw when the dataset is generated (`reasoning_gym:`)."""
+    eval_size: int = Field(default=100, ge=1)
+    """Held-out rows at most."""
+    dataset_kwargs: dict[str, str | int | float | bool] = {}
+    """Arguments of a generated dataset, for example the difficulty of a reasoning-gym task."""
+    system_prompt: str | None = None
+    """Put before a row that has no system message."""
+    shuffle: bool = True
+    """Draw prompts in a new random order in every epoch."""
+    max_prompt_length: int | None = Field(default=None, ge=1)
+    """Longer prompts, in tokens, are an error that names the row."""
+
+
+class RewardConfig(Section):
+    """One reward function."""
+
+    function: str = Field(min_length=1)
+    """`file.py:name`, `package.module:name`, or the name of a built-in."""
+    weight: float = 1.0
+    """Factor in the sum of rewards."""
+    timeout_s: float = Field(default=10.0, gt=0)
+    """Longest one call may take."""
+    kwargs: dict[str, str | int | float | bool] = {}
+    """Fixed keyword arguments."""
+
+
+class BridgeConfig(Section):
+    """The way of weights from trainers to engines."""
+
+    bucket_size_mb: float = Field(default=64.0, gt=0)
+    """Tensors travel together in buckets of about this size; a larger tensor is a bucket of its own."""
+
+
+class ClusterConfig(Section):
+    """What is asked of Ray. Without an address, here or in the environment, a local Ray is started."""
+
+    address: str | None = None
+    """Address of a running Ray; `RAY_ADDRESS` and `ray job submit` are honoured as well."""
+    num_cpus: int | None = Field(default=None, ge=1)
+    """CPUs a locally started Ray offers; by default the machine's."""
+    cpus_per_trainer_rank: float = Field(default=0.5, gt=0)
+    """CPUs reserved for each Megatron rank."""
+    cpus_per_engine: float = Field(default=0.5, gt=0)
+    """CPUs reserved for each vLLM engine."""
+    placement_timeout_s: float = Field(default=60.0, gt=0)
+    """How long to wait for the reserved resources."""
+    start_timeout_s: float = Field(default=600.0, gt=0)
+    """How long ranks and engines may take to start and load."""
+    step_timeout_s: float = Field(default=1800.0, gt=0)
+    """How long any one phase of a step may take."""
+    collective_timeout_s: float = Field(default=300.0, gt=0)
+    """How long a rank waits for another in a collective."""
+
+
+class RunConfig(Section):
+    """A run: everything that decides its outcome."""
+
+    algorithm: Literal["grpo", "sft"] = "grpo"
+    """Set by the command; in a file it tells which command the file is for."""
+    output_dir: Path = Path("runs/run")
+    """Everything the run writes is in here."""
+    exist_ok: bool = False
+    """Allow an output directory that already holds a run; its files are replaced."""
+    seed: int = Field(default=42, ge=0)
+    """Seed of data order, sampling and initialisation."""
+    max_steps: int = Field(default=100, ge=1)
+    """Generation steps (grpo) or optimizer steps (sft)."""
+    eval_steps: int = Field(default=0, ge=0)
+    """Evaluate every this many steps, besides before and after; 0 for only those."""
+    model: ModelConfig
+    trainer: TrainerConfig = TrainerConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    grpo: GRPOConfig = GRPOConfig()
+    sft: SFTConfig = SFTConfig()
+    data: DataConfig
+    rewards: tuple[RewardConfig, ...] = ()
+    bridge: BridgeConfig = BridgeConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run, for the learning-rate schedule."""
+        return self.max_steps * (self.grpo.steps_per_generation if self.algorithm == "grpo" else 1)
+
+    @model_validator(mode="after")
+    def _rules_between_sections(self) -> Self:
+        trainer, grpo = self.trainer, self.grpo
+        if self.algorithm == "grpo":
+            if not self.rewards:
+                raise ValueError("rewards: grpo needs at least one reward function")
+            if grpo.prompts_per_step % grpo.steps_per_generation:
+                raise ValueError(
+                    f"grpo.steps_per_generation: {grpo.steps_per_generation} does not divide "
+                    f"grpo.prompts_per_step {grpo.prompts_per_step}"
+                )
+            if grpo.num_generations > self.rollout.max_num_seqs:
+                raise ValueError(
+                    f"rollout.max_num_seqs: {self.rollout.max_num_seqs} is less than "
+                    f"grpo.num_generations {grpo.num_generations}; one group must fit into an engine"
+                )
+        if trainer.sequence_parallel and trainer.tensor_model_parallel_size == 1:
+            raise ValueError(
+                "trainer.sequence_parallel: needs trainer.tensor_model_parallel_size of 2 or more"
+            )
+        if self.optimizer_steps <= trainer.lr_warmup_iters:
+            raise ValueError(
+                f"trainer.lr_warmup_iters: {trainer.lr_warmup_iters} leaves no step of the run's "
+                f"{self.optimizer_steps} after the warm-up"
+            )
+        return self
