@@ -77,7 +77,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scored:
-    """A group with its rewards: the weighted sum, NaN where no function applied, and the values by function."""
+    """A group with its rewards: the weighted sum, NaN where no function applied, values by function."""
 
     group: Group
     rewards: FloatRow

@@ -1,0 +1,9 @@
+"""The root of the errors a user is meant to read: one message that names what, where and what to do."""
+
+
+class BasculeError(Exception):
+    """Takes a single message, so that it pickles across Ray. The command line prints it without a traceback."""
+
+
+class ConfigError(BasculeError, ValueError):
+    """Something a user wrote is wrong."""
