@@ -2,7 +2,7 @@
 
 
 class BasculeError(Exception):
-    """Takes a single message, so that it pickles across Ray. The command line prints it without a traceback."""
+    """Takes a single message, so that it pickles across Ray. The command prints it without a traceback."""
 
 
 class ConfigError(BasculeError, ValueError):

@@ -216,6 +216,11 @@ class RunConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
 
     @property
+    def loss_temperature(self) -> float:
+        """What the trainer divides logits by: the sampling temperature for grpo, so that both agree."""
+        return self.grpo.temperature if self.algorithm == "grpo" else 1.0
+
+    @property
     def optimizer_steps(self) -> int:
         """Optimizer steps of the whole run, for the learning-rate schedule."""
         return self.max_steps * (self.grpo.steps_per_generation if self.algorithm == "grpo" else 1)
