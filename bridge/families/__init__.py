@@ -1,1 +1,46 @@
-"""One table per model family."""
+"""One table per model family, and the lookup by model_type."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bridge.families.llama import LLAMA
+from bridge.families.qwen import QWEN2, QWEN3
+from bridge.rules import Family, MegatronSpec
+from configs.errors import ConfigError
+
+FAMILIES = (LLAMA, QWEN2, QWEN3)
+
+
+def family_of(hf_config: Mapping[str, Any]) -> Family:
+    """The family of a config.json. Raises ConfigError with the list of supported types."""
+    model_type = hf_config.get("model_type")
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    supported = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
+    raise ConfigError(f"config.json: model_type {model_type!r} is not supported; supported are: {supported}")
+
+
+def read_hf_config(directory: Path) -> dict[str, Any]:
+    """config.json with the defaults of its model type filled in. Raises ConfigError."""
+    from transformers import AutoConfig
+
+    path = directory / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    family_of(raw)
+    return AutoConfig.from_pretrained(directory).to_dict()
+
+
+def spec_of(directory: Path) -> tuple[Family, MegatronSpec]:
+    """Family and Megatron's view of a model directory. Raises ConfigError naming the file and the key."""
+    config = read_hf_config(directory)
+    family = family_of(config)
+    try:
+        return family, family.megatron(config)
+    except KeyError as error:
+        raise ConfigError(f"{directory / 'config.json'}: {error} is missing") from error
