@@ -1,0 +1,50 @@
+"""Held-out evaluation, and the numbers that describe a set of scored completions."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from algorithms.data import Prompt, SamplingSettings, Scored
+from algorithms.roles import Judge, Sampler
+from configs.schema import GRPOConfig
+
+
+def evaluate(
+    sampler: Sampler, judge: Judge, prompts: Sequence[Prompt], grpo: GRPOConfig
+) -> tuple[list[Scored], dict[str, float]]:
+    """Greedy completions of held-out prompts with their rewards, in prompt order, and the metrics.
+
+    `eval/accuracy` is the mean value of the first reward function.
+    """
+    if not prompts:
+        return [], {}
+    settings = SamplingSettings(n=1, max_tokens=grpo.max_completion_length, temperature=0.0, stop=grpo.stop)
+    order = {prompt.id: position for position, prompt in enumerate(prompts)}
+    groups = sampler.generate((prompt, settings) for prompt in prompts)
+    scored = sorted(judge.score(groups), key=lambda each: order[each.group.prompt.id])
+    metrics = {f"eval/{name}": value for name, value in reward_metrics(scored).items()}
+    first = next(iter(scored[0].parts))
+    return scored, {"eval/accuracy": metrics[f"eval/rewards/{first}/mean"], **metrics}
+
+
+def reward_metrics(scored: Sequence[Scored]) -> dict[str, float]:
+    """Means over completions: reward, spread in groups, value and share of None by function, lengths."""
+    rewards = np.stack([each.rewards for each in scored])
+    rollouts = [rollout for each in scored for rollout in each.group.rollouts]
+    lengths = np.array([rollout.tokens.size for rollout in rollouts])
+    known = rewards[~np.isnan(rewards)]
+    spread = [float(np.std(row[~np.isnan(row)])) for row in rewards if not np.isnan(row).all()]
+    metrics = {
+        "reward": float(known.mean()) if known.size else float("nan"),
+        "reward_std": float(np.mean(spread)) if spread else float("nan"),
+        "completions/mean_length": float(lengths.mean()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": float(np.mean([rollout.finish == "length" for rollout in rollouts])),
+        "completions/aborted_ratio": float(np.mean([rollout.finish == "abort" for rollout in rollouts])),
+    }
+    for name in scored[0].parts:
+        values = [value for each in scored for value in each.parts[name]]
+        given = [value for value in values if value is not None]
+        metrics[f"rewards/{name}/mean"] = float(np.mean(given)) if given else float("nan")
+        metrics[f"rewards/{name}/none_ratio"] = 1 - len(given) / len(values)
+    return metrics

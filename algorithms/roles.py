@@ -1,0 +1,80 @@
+"""The roles a training loop is written against. actors/ implements them; tests use small fakes."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from algorithms.data import Batch, FloatRow, Group, MicroBatch, Prompt, SamplingSettings, Scored, StepResult
+
+TokenLoss = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""(logprobs_T of the labels under the policy, micro-batch) -> (sum of the loss over the loss tokens, other
+sums over the loss tokens by metric name). Nothing in it divides by a count: the caller does, once."""
+
+
+class Trainer(Protocol):
+    """The policy, and the reference when the run has one."""
+
+    def step(self, batch: Batch) -> StepResult:
+        """One optimizer step with the loss of the run."""
+        ...
+
+    def logprobs(self, batch: Batch) -> tuple[tuple[FloatRow, ...], ...]:
+        """Policy log-probabilities of the labels, by rank and micro-batch, each of length T."""
+        ...
+
+    def reference_logprobs(self, batch: Batch) -> tuple[tuple[FloatRow, ...], ...]:
+        """The same under the reference."""
+        ...
+
+
+class Sampler(Protocol):
+    """Rollout engines."""
+
+    def generate(self, requests: Iterable[tuple[Prompt, SamplingSettings]]) -> Iterator[Group]:
+        """Groups in the order they finish."""
+        ...
+
+
+class Judge(Protocol):
+    """Reward functions, wherever they run."""
+
+    def score(self, groups: Iterable[Group]) -> Iterator[Scored]:
+        """Each group with its rewards, in the order they finish; scoring overlaps `groups`."""
+        ...
+
+
+class WeightSync(Protocol):
+    """The way of weights from the trainer to the sampler."""
+
+    def sync(self, version: int) -> Mapping[str, float]:
+        """Give every engine the trainer's weights under this version number; returns timings and sizes."""
+        ...
+
+
+class Recorder(Protocol):
+    """Where a run writes what happened."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of one step."""
+        ...
+
+    def rollouts(self, step: int, scored: Iterable[Scored]) -> None:
+        """Every completion of a step with its rewards."""
+        ...
+
+    def evaluation(self, step: int, scored: Iterable[Scored], metrics: Mapping[str, float]) -> None:
+        """Completions and metrics of one evaluation."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Roles:
+    """Everything the GRPO loop talks to."""
+
+    trainer: Trainer
+    sampler: Sampler
+    judge: Judge
+    weights: WeightSync
+    recorder: Recorder
