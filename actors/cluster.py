@@ -1,0 +1,52 @@
+"""Joining a Ray cluster, or starting one on this machine for the time of a run."""
+
+import logging
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+
+from configs.errors import BasculeError
+from configs.schema import ClusterConfig
+
+# Workers of a busy two-core machine need longer than Ray's 30 s to register.
+_PATIENCE = {"RAY_raylet_start_wait_time_s": "180", "RAY_worker_register_timeout_seconds": "180"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """What the run is connected to."""
+
+    local: bool
+    """Started by this process: it will not grow, and it ends with the run."""
+
+
+@contextmanager
+def connect(cluster: ClusterConfig) -> Generator[Cluster]:
+    """Connected while the body runs. Everything the run started is gone afterwards, also after an error.
+
+    Raises BasculeError when the address does not answer.
+    """
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        else:
+            for name, value in _PATIENCE.items():
+                os.environ.setdefault(name, value)
+            ray.init(
+                address="local",
+                num_cpus=cluster.num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"at {address}" if address else "on this machine"
+        raise BasculeError(f"Ray {where} does not answer: {error}") from error
+    try:
+        yield Cluster(local=not address)
+    finally:
+        ray.shutdown()

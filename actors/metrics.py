@@ -1,0 +1,132 @@
+"""What a run writes while it goes: metrics.jsonl, TensorBoard events, rollouts.jsonl, one line a step."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from algorithms.data import Scored
+
+_PHASES = ("generate", "train", "sync")
+
+
+class Console(Protocol):
+    """Where a person reads along."""
+
+    def line(self, text: str) -> None:
+        """Show a line."""
+        ...
+
+    def progress(self, done: int, total: int) -> None:
+        """Show how far the run is."""
+        ...
+
+
+class RunRecorder:
+    """Recorder of a run directory. Lines are complete and on disk after every step. A context manager."""
+
+    def __init__(self, directory: Path, max_steps: int, console: Console) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._max_steps = max_steps
+        self._console = console
+        self._metrics = (directory / "metrics.jsonl").open("w")
+        self._rollouts = (directory / "rollouts.jsonl").open("w")
+        self._events = SummaryWriter(str(directory / "tensorboard"))
+        self.rows: list[dict[str, float]] = []
+        self.evaluations: list[dict[str, float]] = []
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the metrics and one console line."""
+        row = {"step": step, **metrics}
+        self.rows.append(row)
+        self._write(row)
+        self._console.line(self._line(step, metrics))
+        self._console.progress(step, self._max_steps)
+
+    def rollouts(self, step: int, scored: Iterable[Scored]) -> None:
+        """Write every completion with its reward and parts."""
+        self._write_rollouts(step, "train", scored)
+
+    def evaluation(self, step: int, scored: Iterable[Scored], metrics: Mapping[str, float]) -> None:
+        """Write completions, metrics and one console line; nothing when nothing was evaluated."""
+        if not metrics:
+            return
+        row = {"step": step, **metrics}
+        self.evaluations.append(row)
+        self._write(row)
+        self._write_rollouts(step, "eval", scored)
+        self._console.line(f"eval at step {step}: accuracy {metrics['eval/accuracy']:.3f}")
+
+    def _write(self, row: Mapping[str, float]) -> None:
+        # NaN is not JSON; null is what a reader of the file expects for "no value".
+        clean = {name: None if math.isnan(value) else value for name, value in row.items()}
+        self._metrics.write(json.dumps(clean) + "\n")
+        self._metrics.flush()
+        for name, value in row.items():
+            if name != "step":
+                self._events.add_scalar(name, value, int(row["step"]))
+        self._events.flush()
+
+    def _write_rollouts(self, step: int, split: str, scored: Iterable[Scored]) -> None:
+        for each in scored:
+            for number, rollout in enumerate(each.group.rollouts):
+                reward = float(each.rewards[number])
+                row: dict[str, Any] = {
+                    "step": step,
+                    "split": split,
+                    "prompt_id": each.group.prompt.id,
+                    "messages": list(each.group.prompt.messages),
+                    "completion": rollout.text,
+                    "finish": rollout.finish,
+                    "tokens": rollout.tokens.size,
+                    "reward": None if math.isnan(reward) else reward,
+                    "rewards": {name: values[number] for name, values in each.parts.items()},
+                    "weight_versions": rollout.versions,
+                }
+                self._rollouts.write(json.dumps(row) + "\n")
+        self._rollouts.flush()
+
+    def _line(self, step: int, metrics: Mapping[str, float]) -> str:
+        width = len(str(self._max_steps))
+        parts = [f"step {step:{width}d}/{self._max_steps}"]
+        parts += [f"reward {metrics['reward']:.3f}"] if "reward" in metrics else []
+        parts.append(f"loss {metrics['loss']:.4f}" if "loss" in metrics else "no signal")
+        parts += [f"grad norm {metrics['grad_norm']:.3f}"] if "grad_norm" in metrics else []
+        parts.append(f"{metrics['tokens_per_second']:.0f} tokens/s")
+        times = [f"{name} {metrics[f'time/{name}']:.2f}s" for name in _PHASES if f"time/{name}" in metrics]
+        return "  ".join([*parts, *times])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._metrics.close()
+        self._rollouts.close()
+        self._events.close()
+
+
+def plot_curve(recorder: RunRecorder, path: Path) -> None:
+    """A PNG of the mean reward by step (the loss, for sft), and of held-out accuracy where measured."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    name = "reward" if any("reward" in row for row in recorder.rows) else "loss"
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="step", ylabel="mean reward" if name == "reward" else "loss per token")
+    points = [(row["step"], row[name]) for row in recorder.rows if name in row]
+    axes.plot(*zip(*points, strict=True), linewidth=1.5, label=f"training {name}")
+    if recorder.evaluations:
+        points = [(row["step"], row["eval/accuracy"]) for row in recorder.evaluations]
+        axes.plot(*zip(*points, strict=True), "o--", label="held-out accuracy (greedy)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,143 @@
+"""What a run reserves from Ray: one placement group, a bundle for each actor."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from configs.errors import BasculeError
+from configs.schema import RunConfig
+
+_GIB = 1 << 30
+_SMALL_CPUS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bundle:
+    """Resources of one actor. `memory` is an estimate in bytes that Ray accounts, not a limit."""
+
+    owner: str
+    cpus: float
+    gpus: int
+    memory: int
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """In Ray's terms."""
+        asked = {"CPU": self.cpus, "memory": float(self.memory)}
+        return asked | ({"GPU": float(self.gpus)} if self.gpus else {})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reservation:
+    """A placement group and which of its bundles belong to whom."""
+
+    group: PlacementGroup
+    bundles: tuple[Bundle, ...]
+
+    def indices(self, owner: str) -> list[int]:
+        """Bundle numbers of an owner, in order."""
+        return [index for index, bundle in enumerate(self.bundles) if bundle.owner == owner]
+
+    def options(self, owner: str, number: int) -> dict[str, object]:
+        """Actor options that put actor `number` of `owner` into its bundle; it is never restarted by Ray.
+
+        An actor that Ray restarts comes back with its first state and looks healthy.
+        """
+        index = self.indices(owner)[number]
+        bundle = self.bundles[index]
+        return {
+            "num_cpus": bundle.cpus,
+            "num_gpus": bundle.gpus,
+            "memory": bundle.memory,
+            "max_restarts": 0,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                placement_group=self.group, placement_group_bundle_index=index
+            ),
+        }
+
+
+def bundles_of(config: RunConfig, num_parameters: int, device: str) -> tuple[Bundle, ...]:
+    """The bundles of a run, with memory estimated from the number of parameters of the model."""
+    trainer, rollout, cluster = config.trainer, config.rollout, config.cluster
+    gpus = 1 if device == "cuda" else 0
+    item = 2 if config.model.torch_dtype == "bfloat16" else 4
+    share = num_parameters // (trainer.tensor_model_parallel_size * trainer.pipeline_model_parallel_size)
+    # Parameters, float32 gradients, and float32 main parameters with two moments, split over replicas.
+    state = share * (item + 4 + 12 // trainer.data_parallel_size)
+    reference = share * item if config.algorithm == "grpo" and config.grpo.beta > 0 else 0
+    ranks = [
+        Bundle(
+            owner="trainer", cpus=cluster.cpus_per_trainer_rank, gpus=gpus, memory=_GIB + state + reference
+        )
+    ] * trainer.world_size
+    if config.algorithm == "sft":
+        return tuple(ranks)
+    cache = rollout.kv_cache_memory_bytes if device == "cpu" else 0
+    engine = Bundle(
+        owner="engine",
+        cpus=cluster.cpus_per_engine,
+        gpus=gpus,
+        memory=_GIB + _GIB // 2 + num_parameters * item * 2 + cache,
+    )
+    bucket = int(config.bridge.bucket_size_mb * (1 << 20))
+    small = [
+        Bundle(owner="bridge", cpus=_SMALL_CPUS, gpus=0, memory=_GIB // 2 + 3 * bucket),
+        Bundle(owner="reward", cpus=_SMALL_CPUS, gpus=0, memory=_GIB // 2),
+    ]
+    return (*ranks, *[engine] * rollout.num_engines, *small)
+
+
+def reserve(bundles: Sequence[Bundle], *, timeout_s: float, can_grow: bool) -> Reservation:
+    """Reserve all bundles or none, waiting at most `timeout_s`; at once when the cluster cannot grow.
+
+    Raises BasculeError saying what was asked and what exists.
+    """
+    exists = ray.cluster_resources()
+    asked = _total(bundles)
+    if not can_grow and any(exists.get(name, 0) < amount for name, amount in asked.items()):
+        raise BasculeError(_shortage(bundles, asked, exists, waited=0))
+    group = placement_group([bundle.resources for bundle in bundles], strategy="PACK")
+    if not group.wait(timeout_s):
+        remove_placement_group(group)
+        raise BasculeError(_shortage(bundles, asked, ray.available_resources(), waited=timeout_s))
+    return Reservation(group=group, bundles=tuple(bundles))
+
+
+def describe(bundles: Sequence[Bundle]) -> str:
+    """One line for each kind of actor: how many, with what."""
+    counts: dict[Bundle, int] = {}
+    for bundle in bundles:
+        counts[bundle] = counts.get(bundle, 0) + 1
+    return "\n".join(
+        f"  {count} x {bundle.owner}: {bundle.cpus:g} CPU, {bundle.gpus} GPU, {bundle.memory / _GIB:.1f} GiB"
+        for bundle, count in counts.items()
+    )
+
+
+def _total(bundles: Sequence[Bundle]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for bundle in bundles:
+        for name, amount in bundle.resources.items():
+            total[name] = round(total.get(name, 0) + amount, 4)
+    return total
+
+
+def _shortage(
+    bundles: Sequence[Bundle], asked: Mapping[str, float], exists: Mapping[str, float], *, waited: float
+) -> str:
+    def show(amounts: Mapping[str, float]) -> str:
+        return (
+            f"{amounts.get('CPU', 0):g} CPU, {amounts.get('GPU', 0):g} GPU, "
+            f"{amounts.get('memory', 0) / _GIB:.1f} GiB memory"
+        )
+
+    after = f" after {waited:.0f} s" if waited else ""
+    return (
+        f"the run does not fit into the cluster{after}: it asks for {show(asked)}; there are {show(exists)}\n"
+        f"{describe(bundles)}\n"
+        "use fewer ranks or engines, set cluster.cpus_per_trainer_rank, cluster.cpus_per_engine or "
+        "cluster.num_cpus, or a larger cluster"
+    )
