@@ -1,0 +1,156 @@
+"""The command line: `bascule grpo|sft|plan|make-model`. The only module that prints."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from configs.errors import BasculeError
+from configs.load import describe_options, dump_config, load_config
+from configs.schema import RunConfig
+
+_RUNS = {
+    "grpo": "train with group-relative policy optimization: Megatron trainers, vLLM engines, weight bridge",
+    "sft": "supervised fine-tuning with the same trainer, without engines",
+}
+_EPILOG = (
+    "Options are set in the YAML file or here; here they win. Names that are unique work without section."
+)
+
+
+class Terminal:
+    """Lines, and a progress bar when the output is a terminal."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+
+    def line(self, text: str) -> None:
+        """Print a line, above the bar when there is one."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def progress(self, done: int, total: int) -> None:
+        """Move the bar."""
+        if self._bar is None:
+            # disable=None: no bar unless stderr is a terminal.
+            self._bar = tqdm(total=total, unit="step", disable=None, leave=False)
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self._bar.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 well, 1 a run failed, 2 wrong input, 130 interrupted."""
+    options, rest = _parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return options.command_function(options, rest)
+    except BasculeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="bascule",
+        description="RL training for language models: Ray, Megatron-core, vLLM.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, text in _RUNS.items():
+        command = _add_run_command(commands, name, text)
+        command.set_defaults(command_function=_run, algorithm=name)
+    plan = _add_run_command(commands, "plan", "check a run and print what it would start; starts nothing")
+    plan.set_defaults(command_function=_plan)
+    make = commands.add_parser(
+        "make-model", help="make a small model directory without a hub", allow_abbrev=False
+    )
+    make.add_argument(
+        "kind", choices=["tiny", "smollm2"], help="tiny: random qwen3; smollm2: SmolLM2-135M-Instruct"
+    )
+    make.add_argument("--output_dir", type=Path, required=True, help="where to write it")
+    make.add_argument("--seed", type=int, default=42, help="seed of the random weights and of the data")
+    make.set_defaults(command_function=_make_model)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command_function is _make_model:
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    return options, rest
+
+
+def _add_run_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text}\n\n{_EPILOG}\n\n{describe_options()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=f"bascule {name} --config FILE [--section.key value ...]",
+        allow_abbrev=False,
+    )
+    command.add_argument("--config", type=Path, metavar="FILE", help="a YAML file; see configs/")
+    return command
+
+
+def _run(options: argparse.Namespace, rest: list[str]) -> int:
+    config = load_config(options.config, rest, options.algorithm)
+    from actors.run import run
+
+    result = run(config, Terminal()) | _install_seconds()
+    if "accuracy_before" in result:
+        print(f"held-out accuracy: {result['accuracy_before']:.3f} -> {result['accuracy_after']:.3f}")
+    print(f"checkpoint: {result['checkpoint']}")
+    print(f"curve: {result['curve']}")
+    print(f"result: {json.dumps(result)}")
+    return 0
+
+
+def _install_seconds() -> dict[str, float]:
+    """How long `make setup` took, when that is how this environment came to be."""
+    stamp = Path(sys.prefix) / "setup-seconds"
+    return {"seconds_install": float(stamp.read_text())} if stamp.is_file() else {}
+
+
+def _plan(options: argparse.Namespace, rest: list[str]) -> int:
+    config = load_config(options.config, rest, _algorithm_of(options.config, rest))
+    from actors.run import describe, prepare
+
+    prepared = prepare(config)
+    print(dump_config(config))
+    for line in describe(config, prepared):
+        print(line)
+    return 0
+
+
+def _algorithm_of(path: Path | None, rest: Sequence[str]) -> str:
+    """What a file says it is for; `plan` serves every command."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text()) if path else {}
+    except (OSError, yaml.YAMLError):
+        content = {}  # load_config says what is wrong with it
+    default = RunConfig.model_fields["algorithm"].default
+    return content.get("algorithm", default) if isinstance(content, dict) else default
+
+
+def _make_model(options: argparse.Namespace, rest: list[str]) -> int:
+    if options.kind == "smollm2":
+        from actors.smollm2 import convert_smollm2
+
+        print(f"model: {convert_smollm2(options.output_dir)}")
+        return 0
+    from actors.tiny_model import build_tiny_model, write_arithmetic
+
+    build_tiny_model(options.output_dir / "base", seed=options.seed)
+    write_arithmetic(options.output_dir / "data", seed=options.seed)
+    print(f"model: {options.output_dir / 'base'}\ndata: {options.output_dir / 'data'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

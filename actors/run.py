@@ -1,0 +1,234 @@
+"""A run from its config to its checkpoint: everything is checked before anything is started."""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from actors.cluster import Cluster, connect
+from actors.env import check_one_source, resolve_device
+from actors.metrics import Console, RunRecorder, plot_curve
+from actors.placement import Bundle, bundles_of, reserve
+from algorithms import grpo, sft
+from algorithms.data import Prompt, TrainSample
+from algorithms.datasets import make_prompts, make_sft_samples, read_rows
+from algorithms.prompts import PromptStream
+from algorithms.rewards.loading import Reward, check_arguments, load_rewards
+from algorithms.roles import Roles
+from bridge.checkpoint import CheckpointReader, resolve_model
+from bridge.families import spec_of
+from bridge.plan import TensorInfo
+from bridge.rules import MegatronSpec, check_layout
+from configs.errors import BasculeError, ConfigError
+from configs.load import dump_config
+from configs.schema import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A run that has passed every check that needs no cluster."""
+
+    model_dir: Path
+    ref_model_dir: Path | None
+    spec: MegatronSpec
+    tensors: Mapping[str, TensorInfo]
+    device: str
+    bundles: tuple[Bundle, ...]
+    prompts: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...]
+    samples: tuple[TrainSample, ...]
+    rewards: tuple[Reward, ...]
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Check model, layout, data and rewards. Raises BasculeError about the first thing that is wrong."""
+    check_one_source()
+    device = resolve_device(config.model.device)
+    model_dir = resolve_model(config.model.model)
+    _, spec = spec_of(model_dir)
+    check_layout(spec, config.trainer)
+    with CheckpointReader(model_dir) as reader:
+        tensors = dict(reader.tensors)
+    reference = config.model.ref_model or config.model.model
+    uses_reference = config.algorithm == "grpo" and config.grpo.beta > 0
+    is_grpo = config.algorithm == "grpo"
+    tokenizer = _tokenizer(model_dir)
+    rows = read_rows(config.data, "train", config.seed)
+    prompts = make_prompts(rows, tokenizer, config.data) if is_grpo else []
+    held_out: list[Prompt] = []
+    if is_grpo and (config.data.eval_dataset or config.data.dataset.startswith("reasoning_gym:")):
+        held_out = make_prompts(read_rows(config.data, "eval", config.seed), tokenizer, config.data)
+    samples = [] if is_grpo else make_sft_samples(rows, tokenizer, config.sft.max_length)
+    rewards = load_rewards(config.rewards) if is_grpo else ()
+    for reward in rewards:
+        for prompt in [*prompts[:1], *held_out[:1]]:
+            check_arguments(reward, prompt.columns)
+    num_parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())
+    return Prepared(
+        model_dir=model_dir.resolve(),
+        ref_model_dir=resolve_model(reference).resolve() if uses_reference else None,
+        spec=spec,
+        tensors=tensors,
+        device=device,
+        bundles=bundles_of(config, num_parameters, device),
+        prompts=tuple(prompts),
+        held_out=tuple(held_out),
+        samples=tuple(samples),
+        rewards=tuple(rewards),
+    )
+
+
+def run(config: RunConfig, console: Console) -> dict[str, Any]:
+    """Train as the config says; returns what `result.json` holds.
+
+    Raises BasculeError with one clear message; by then every process of the run is gone.
+    """
+    started = time.monotonic()
+    prepared = prepare(config)
+    directory = _make_directory(config)
+    console.line(f"run directory: {directory}")
+    with (
+        RunRecorder(directory, config.max_steps, console) as recorder,
+        connect(config.cluster) as cluster,
+    ):
+        if config.algorithm == "grpo":
+            _run_grpo(config, prepared, cluster, recorder, directory, console)
+        else:
+            _run_sft(config, prepared, cluster, recorder, directory, console)
+        curve = directory / "curve.png"
+        plot_curve(recorder, curve)
+    result: dict[str, Any] = {
+        "checkpoint": str(directory / "checkpoint"),
+        "curve": str(curve),
+        "seconds_train": round(time.monotonic() - started, 1),
+    }
+    if recorder.evaluations:
+        first, last = recorder.evaluations[0], recorder.evaluations[-1]
+        accuracy = {"accuracy_before": first["eval/accuracy"], "accuracy_after": last["eval/accuracy"]}
+        result = accuracy | result
+    (directory / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _run_grpo(
+    config: RunConfig,
+    prepared: Prepared,
+    cluster: Cluster,
+    recorder: RunRecorder,
+    directory: Path,
+    console: Console,
+) -> None:
+    from actors.bridge import WeightBridge
+    from actors.engine import create_engines
+    from actors.reward_worker import create_reward_group
+    from actors.trainer import TrainerGroup, plan_of
+
+    reservation = reserve(
+        prepared.bundles, timeout_s=config.cluster.placement_timeout_s, can_grow=not cluster.local
+    )
+    start = time.monotonic()
+    # Both take a good part of a minute on a small machine; neither needs the other.
+    with ThreadPoolExecutor(2) as pool:
+        starting_trainers = pool.submit(
+            TrainerGroup, config, reservation, prepared.device, prepared.model_dir, prepared.ref_model_dir
+        )
+        starting_engines = pool.submit(
+            create_engines,
+            config,
+            str(prepared.model_dir),
+            reservation.group,
+            reservation.indices("engine"),
+        )
+        trainers, engines = starting_trainers.result(), starting_engines.result()
+    plan = plan_of(trainers, prepared.tensors, _dtype(config))
+    weights = WeightBridge(config, reservation, plan, trainers, engines, directory / "checkpoint")
+    judge = create_reward_group(config, reservation.group, reservation.indices("reward")[0])
+    console.line(f"trainers, engines and bridge are up after {time.monotonic() - start:.1f}s")
+    roles = Roles(trainer=trainers, sampler=engines, judge=judge, weights=weights, recorder=recorder)
+    prompts = PromptStream(prepared.prompts, seed=config.seed, shuffle=config.data.shuffle)
+    grpo.train(config, roles, prompts, prepared.held_out)
+    trainers.save()
+
+
+def _run_sft(
+    config: RunConfig,
+    prepared: Prepared,
+    cluster: Cluster,
+    recorder: RunRecorder,
+    directory: Path,
+    console: Console,
+) -> None:
+    from actors.trainer import TrainerGroup, plan_of
+
+    reservation = reserve(
+        prepared.bundles, timeout_s=config.cluster.placement_timeout_s, can_grow=not cluster.local
+    )
+    start = time.monotonic()
+    trainers = TrainerGroup(config, reservation, prepared.device, prepared.model_dir, None)
+    trainers.follow(plan_of(trainers, prepared.tensors, _dtype(config)), directory / "checkpoint", ())
+    console.line(f"trainers are up after {time.monotonic() - start:.1f}s")
+    samples = PromptStream(prepared.samples, seed=config.seed, shuffle=config.data.shuffle)
+    sft.train(config, trainers, samples, recorder)
+    trainers.save()
+
+
+def _make_directory(config: RunConfig) -> Path:
+    """The run directory, with the resolved config in it. Raises ConfigError when it holds a run already."""
+    directory = config.output_dir.resolve()
+    if (directory / "metrics.jsonl").exists():
+        if not config.exist_ok:
+            raise ConfigError(
+                f"output_dir: {directory} holds a run already; choose another, or set exist_ok to replace it"
+            )
+        shutil.rmtree(directory / "tensorboard", ignore_errors=True)
+        for name in ("result.json", "curve.png"):
+            (directory / name).unlink(missing_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.yaml").write_text(dump_config(config))
+    except OSError as error:
+        raise ConfigError(f"output_dir: {directory} cannot be written: {error}") from error
+    return directory
+
+
+def _tokenizer(model_dir: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise BasculeError(f"{model_dir}: no tokenizer can be loaded: {error}") from error
+
+
+def _dtype(config: RunConfig) -> torch.dtype:
+    return torch.bfloat16 if config.model.torch_dtype == "bfloat16" else torch.float32
+
+
+def describe(config: RunConfig, prepared: Prepared) -> Sequence[str]:
+    """What the run would start and where, line by line."""
+    from actors.placement import describe as describe_bundles
+
+    trainer = config.trainer
+    lines = [
+        f"model: {prepared.model_dir} ({prepared.spec.num_layers} layers, "
+        f"{sum(info.nbytes for info in prepared.tensors.values()) / 1e6:.1f} MB), device {prepared.device}",
+        f"trainer: {trainer.world_size} ranks = tensor {trainer.tensor_model_parallel_size} x pipeline "
+        f"{trainer.pipeline_model_parallel_size} x data {trainer.data_parallel_size}",
+    ]
+    if config.algorithm == "grpo":
+        settings = config.grpo
+        lines += [
+            f"data: {len(prepared.prompts)} prompts, {len(prepared.held_out)} held out",
+            f"step: {settings.prompts_per_step} prompts x {settings.num_generations} completions, "
+            f"{settings.steps_per_generation} optimizer step(s)",
+            *(f"reward: {reward.name}, weight {reward.weight:g}" for reward in prepared.rewards),
+        ]
+    else:
+        lines.append(f"data: {len(prepared.samples)} samples, {config.sft.batch_size} per step")
+    return [*lines, "actors, reserved together in one placement group:", describe_bundles(prepared.bundles)]
