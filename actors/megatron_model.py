@@ -1,0 +1,278 @@
+"""The model of one trainer rank: optimizer step and log-probabilities. No Ray here.
+
+On a machine without CUDA, actors.megatron_cpu.install() must have run before this module is imported.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from actors.megatron_logprobs import vocab_parallel_logprobs
+from actors.megatron_setup import Device, build_chunk, optimizer_config, scheduler, transformer_config
+from algorithms.data import FloatRow, MicroBatch, StepResult, float_row
+from algorithms.roles import TokenLoss
+from bridge.rules import MegatronSpec, check_layout
+from configs.errors import BasculeError
+from configs.schema import RunConfig
+
+Load = Callable[[list[torch.nn.Module]], None]
+Finish = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, Any]]
+
+
+class StepFailedError(BasculeError):
+    """An optimizer step was not applied: loss or gradient not finite. The weights are as before the step."""
+
+
+class FrozenModel:
+    """This rank's part of a model, for log-probabilities only: a reference, or the inside of MegatronModel.
+
+    `load` gets the chunks and has to fill every parameter. Raises ConfigError when the parallel layout does
+    not divide the model.
+    """
+
+    def __init__(self, run: RunConfig, spec: MegatronSpec, *, device: Device, load: Load) -> None:
+        check_layout(spec, run.trainer)
+        self.spec = spec
+        self.device = torch.device(device)
+        self.config = transformer_config(run, spec, device)
+        self.chunks = [build_chunk(self.config, spec)]
+        load(list(self.chunks))
+
+    def logprobs(self, micro_batches: Sequence[MicroBatch], temperature: float) -> list[FloatRow] | None:
+        """Log-probability of `labels_T` for every micro-batch, float32 [T] each; None off the last stage.
+
+        Every rank must call it, with as many micro-batches as its pipeline neighbours.
+        """
+
+        def finish(batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, FloatRow]:
+            row = float_row(self.label_logprobs(batch, output, temperature).cpu().numpy())
+            return output.new_zeros(()), row
+
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            rows = self.run_schedule(self.chunks, micro_batches, finish, forward_only=True)
+        return rows if parallel_state.is_pipeline_last_stage() else None
+
+    def label_logprobs(self, batch: MicroBatch, output: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Float32 log-probabilities [T] of the labels from the last stage's `output` [1, T, V / TP]."""
+        return vocab_parallel_logprobs(
+            output[0],
+            self._tensor(batch.labels_T),
+            temperature=temperature,
+            vocab_size=self.spec.vocab_size,
+            group=_tensor_parallel_group(),
+        )
+
+    def run_schedule(
+        self,
+        models: Sequence[torch.nn.Module],
+        micro_batches: Sequence[MicroBatch],
+        finish: Finish,
+        *,
+        forward_only: bool,
+    ) -> list[Any]:
+        """Run Megatron's pipeline schedule. Returns what `finish` gave per micro-batch, on the last stage.
+
+        `finish` turns a micro-batch and its logits into a loss and a result; it is called on the last stage.
+        """
+
+        def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+            batch = next(batches)
+            return self._forward(batch, model), partial(_finish_without_tokens, finish, batch)
+
+        tokens = _row_length(micro_batches, self.config)
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=list(models),
+            num_microbatches=len(micro_batches),
+            seq_length=tokens,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _forward(self, batch: MicroBatch, model: torch.nn.Module) -> torch.Tensor:
+        starts = self._tensor(batch.starts_S).int()
+        longest = int(np.diff(batch.starts_S).max())
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=starts,
+            cu_seqlens_kv=starts,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+        tokens, positions = self._tensor(batch.tokens_T)[None], self._tensor(batch.positions_T)[None]
+        return model(tokens, positions, None, packed_seq_params=packed)
+
+    def _tensor(self, row: np.ndarray) -> torch.Tensor:
+        return torch.tensor(row, dtype=torch.int64, device=self.device)
+
+
+class MegatronModel:
+    """This rank's part of the policy, with its gradients, optimizer and learning-rate schedule.
+
+    `load` gets the bare chunks and has to fill every parameter; it runs before the optimizer takes its
+    float32 copies. Raises ConfigError when the parallel layout does not divide the model.
+    """
+
+    def __init__(self, run: RunConfig, spec: MegatronSpec, *, device: Device, load: Load) -> None:
+        self._model = FrozenModel(run, spec, device=device, load=load)
+        config = self._model.config
+        config.finalize_model_grads_func = _finalize_gradients
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=run.trainer.use_distributed_optimizer,
+            overlap_grad_reduce=False,
+        )
+        self._wrapped = [DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks]
+        # Declared as its base class; it is a ChainedOptimizer.
+        self.optimizer: Any = get_megatron_optimizer(optimizer_config(run), list(self._wrapped))
+        self.scheduler = scheduler(self.optimizer, run)
+        self._clip_grad = run.trainer.clip_grad
+
+    @property
+    def chunks(self) -> list[GPTModel]:
+        """The bare Megatron modules of this rank, which hold the live weights."""
+        return self._model.chunks
+
+    def logprobs(self, micro_batches: Sequence[MicroBatch], temperature: float) -> list[FloatRow] | None:
+        """As FrozenModel.logprobs, under the current weights."""
+        return self._model.logprobs(micro_batches, temperature)
+
+    def step(
+        self, micro_batches: Sequence[MicroBatch], num_loss_tokens: int, loss: TokenLoss, temperature: float
+    ) -> StepResult:
+        """One optimizer step on this data-parallel rank's `micro_batches`; the same result on every rank.
+
+        The loss is the sum of `loss` over the micro-batches of all data-parallel ranks, over
+        `num_loss_tokens`; so are the metrics, which must have the same names for every micro-batch. The
+        gradient is of exactly that, whatever the layout. `grad_norm` is its norm before clipping,
+        `learning_rate` the one that was applied. Raises StepFailedError, on every rank and before any weight
+        changes, when loss or gradient is not finite.
+        """
+        number = self.scheduler.num_steps
+        if num_loss_tokens < 1:
+            raise BasculeError(
+                f"optimizer step {number}: num_loss_tokens is {num_loss_tokens}, nothing to learn"
+            )
+        for chunk in self._wrapped:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        finish = partial(self._token_loss, loss, num_loss_tokens, temperature)
+        parts = self._model.run_schedule(self._wrapped, micro_batches, finish, forward_only=False)
+        means = _reduce_sums(parts, self._model.device, num_loss_tokens)
+        _check_finite(number, "loss", means["loss"])
+        grad_norm = self._apply_gradients(number)
+        learning_rate = self._learning_rate()
+        self.scheduler.step(increment=1)
+        return StepResult(
+            loss=means.pop("loss"), grad_norm=grad_norm, learning_rate=learning_rate, metrics=means
+        )
+
+    def _token_loss(
+        self,
+        loss: TokenLoss,
+        num_loss_tokens: int,
+        temperature: float,
+        batch: MicroBatch,
+        output: torch.Tensor,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        total, metrics = loss(self._model.label_logprobs(batch, output, temperature), batch)
+        # Divided before the backward pass, so that gradients are summed at their final size.
+        return total / num_loss_tokens, {"loss": total.detach(), **metrics}
+
+    def _apply_gradients(self, number: int) -> float:
+        # Megatron's optimizer.step() is these calls; between them is the only chance to stop in time.
+        self.optimizer.prepare_grads()
+        grad_norm = self.optimizer.get_grad_norm()
+        _check_finite(number, "gradient norm", grad_norm)
+        if self._clip_grad > 0:
+            for optimizer in self.optimizer.chained_optimizers:
+                clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self._clip_grad, grad_norm)
+        if not self.optimizer.step_with_ready_grads():
+            raise StepFailedError(f"optimizer step {number}: Megatron's optimizer refused the gradients")
+        return grad_norm
+
+    def _learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+
+def _finalize_gradients(model: list[torch.nn.Module], num_tokens: torch.Tensor, **groups: Any) -> None:
+    # Without the number of tokens Megatron reduces gradients but does not divide them a second time.
+    finalize_model_grads(model, None, **groups)
+
+
+def _finish_without_tokens(
+    finish: Finish, batch: MicroBatch, output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    loss, result = finish(batch, output)
+    # Only a triple keeps the schedule from dividing by the number of micro-batches; its count is not used.
+    return loss, torch.zeros((), dtype=torch.int, device=output.device), result
+
+
+def _row_length(micro_batches: Sequence[MicroBatch], config: TransformerConfig) -> int:
+    lengths = {len(batch.tokens_T) for batch in micro_batches}
+    if len(lengths) != 1:
+        raise BasculeError(f"micro-batches have rows of {sorted(lengths)} tokens; pack them to one length")
+    (length,) = lengths
+    parts = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    if length % parts:
+        raise BasculeError(
+            f"rows of {length} tokens do not split over {parts} sequence-parallel ranks; "
+            f"pack them to a multiple of trainer.tensor_model_parallel_size"
+        )
+    return length
+
+
+def _reduce_sums(
+    parts: Sequence[Mapping[str, torch.Tensor]], device: torch.device, num_loss_tokens: int
+) -> dict[str, float]:
+    means: dict[str, float] = {}
+    if parallel_state.is_pipeline_last_stage():
+        names = sorted(parts[0])
+        values = [sum(float(part[name]) for part in parts) for name in names]
+        sums = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        means = dict(zip(names, (sums / num_loss_tokens).tolist(), strict=True))
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        box = [means]
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast_object_list(box, src=last, group=_pipeline_parallel_group())
+        means = box[0]
+    return means
+
+
+def _tensor_parallel_group() -> Any:
+    # Declared as if a group might be an int.
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def _pipeline_parallel_group() -> Any:
+    return parallel_state.get_pipeline_model_parallel_group()
+
+
+def _check_finite(number: int, what: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise StepFailedError(
+            f"optimizer step {number}: the {what} is {value}; the step was not applied. Look at the rewards "
+            "and log-probabilities of this step, and consider a lower trainer.lr"
+        )
