@@ -1,0 +1,195 @@
+"""The loop with fakes: a two-armed bandit whose policy is one number, so the outcome can be computed."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+import pytest
+
+from algorithms import grpo
+from algorithms.data import (
+    Batch,
+    FloatRow,
+    Group,
+    Prompt,
+    Rollout,
+    SamplingSettings,
+    Scored,
+    StepResult,
+    float_row,
+    int_row,
+)
+from algorithms.prompts import PromptStream
+from algorithms.roles import Roles
+from configs.errors import BasculeError
+from configs.schema import RunConfig
+
+
+def config(**grpo_settings: object) -> RunConfig:
+    settings = {"num_generations": 4, "prompts_per_step": 2, "max_completion_length": 1, **grpo_settings}
+    return RunConfig.model_validate(
+        {
+            "max_steps": 3,
+            "model": {"model": "m"},
+            "data": {"dataset": "d"},
+            "grpo": settings,
+            "rewards": [{"function": "r"}],
+        }
+    )
+
+
+class Trainer:
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+        self.calls: list[str] = []
+
+    def step(self, batch: Batch) -> StepResult:
+        self.calls.append("step")
+        self.batches.append(batch)
+        return StepResult(loss=1.0, grad_norm=2.0, learning_rate=0.1, metrics={"kl": 3.0})
+
+    def logprobs(self, batch: Batch) -> tuple[tuple[FloatRow, ...], ...]:
+        self.calls.append("logprobs")
+        return tuple(tuple(float_row(m.logprobs_T) for m in rank) for rank in batch.ranks)
+
+    def reference_logprobs(self, batch: Batch) -> tuple[tuple[FloatRow, ...], ...]:
+        self.calls.append("reference")
+        return self.logprobs(batch)
+
+
+class Sampler:
+    """Completes with tokens 0, 1, 2, ... and finishes groups in reverse order."""
+
+    def __init__(self) -> None:
+        self.version = -1
+        self.settings: list[SamplingSettings] = []
+        self.finish = "stop"
+
+    def generate(self, requests: Iterable[tuple[Prompt, SamplingSettings]]) -> Iterator[Group]:
+        groups = []
+        for prompt, settings in requests:
+            self.settings.append(settings)
+            groups.append(
+                Group(prompt=prompt, rollouts=tuple(self._rollout(index) for index in range(settings.n)))
+            )
+        yield from reversed(groups)
+
+    def _rollout(self, index: int) -> Rollout:
+        return Rollout(
+            tokens=int_row([index]),
+            logprobs=float_row([-1.0]),
+            text=str(index),
+            finish="abort" if index == 3 and self.finish == "abort" else "stop",
+            loss_mask=int_row([1]),
+            versions=(self.version, self.version),
+        )
+
+
+class Judge:
+    def __init__(self, rewards: list[float]) -> None:
+        self.rewards = rewards
+
+    def score(self, groups: Iterable[Group]) -> Iterator[Scored]:
+        for group in groups:
+            values = self.rewards[: len(group.rollouts)]
+            yield Scored(group=group, rewards=float_row(values), parts={"r": tuple(values)})
+
+
+class Weights:
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+
+    def sync(self, version: int) -> Mapping[str, float]:
+        self.sampler.version = version
+        return {"sync/bytes": 8.0}
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.steps: list[Mapping[str, float]] = []
+        self.versions: list[int] = []
+        self.evaluated: list[int] = []
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.steps.append(metrics)
+
+    def rollouts(self, step: int, scored: Iterable[Scored]) -> None:
+        self.versions += [each.group.rollouts[0].versions[0] for each in scored]
+
+    def evaluation(self, step: int, scored: Iterable[Scored], metrics: Mapping[str, float]) -> None:
+        self.evaluated.append(step)
+
+
+def prompts() -> list[Prompt]:
+    return [Prompt(id=f"p{i}", tokens=int_row([50 + i]), messages=(), columns={}) for i in range(4)]
+
+
+def run(config: RunConfig, rewards: list[float], finish: str = "stop") -> tuple[Trainer, Sampler, Recorder]:
+    trainer, sampler, recorder = Trainer(), Sampler(), Recorder()
+    sampler.finish = finish
+    roles = Roles(
+        trainer=trainer, sampler=sampler, judge=Judge(rewards), weights=Weights(sampler), recorder=recorder
+    )
+    grpo.train(config, roles, PromptStream(prompts(), seed=0, shuffle=False), prompts()[:1])
+    return trainer, sampler, recorder
+
+
+def test_every_step_trains_on_what_the_current_weights_sampled() -> None:
+    trainer, _, recorder = run(config(), [1.0, 0.0, 0.0, 1.0])
+    assert recorder.versions == [0, 0, 1, 1, 2, 2]
+    assert recorder.evaluated == [0, 3]
+    assert trainer.calls == ["step"] * 3
+    assert recorder.steps[0]["loss"] == 1.0
+    assert recorder.steps[0]["reward"] == 0.5
+    assert recorder.steps[0]["sync/bytes"] == 8.0
+
+
+def test_the_batch_holds_prompt_and_completion_with_the_advantages_of_the_group() -> None:
+    trainer, _, _ = run(config(scale_rewards="none"), [1.0, 0.0, 0.0, 1.0])
+    (micro,) = trainer.batches[0].ranks[0]
+    used = micro.loss_mask_T == 1
+    # Prompts 50 and 51, each with completions 0 to 3, and nothing that depends on who finished first.
+    assert sorted(zip(micro.tokens_T[used], micro.labels_T[used], strict=True)) == [
+        (50 + prompt, token) for prompt in (0, 1) for token in range(4)
+    ]
+    by_label = {
+        int(label): adv for label, adv in zip(micro.labels_T[used], micro.advantages_T[used], strict=True)
+    }
+    assert by_label == {0: 0.5, 1: -0.5, 2: -0.5, 3: 0.5}
+    np.testing.assert_array_equal(micro.logprobs_T[used], [-1.0] * 8)
+
+
+def test_seeds_differ_between_prompts_and_steps_and_repeat_between_runs() -> None:
+    _, first, _ = run(config(), [1.0, 0.0, 0.0, 1.0])
+    _, second, _ = run(config(), [1.0, 0.0, 0.0, 1.0])
+    seeds = [settings.seed for settings in first.settings if settings.n > 1]
+    assert len(set(seeds)) == 6
+    assert seeds == [settings.seed for settings in second.settings if settings.n > 1]
+    greedy = [settings for settings in first.settings if settings.n == 1]
+    assert {settings.temperature for settings in greedy} == {0.0}
+
+
+def test_steps_without_signal_do_not_train_and_end_the_run_after_the_limit() -> None:
+    with pytest.raises(BasculeError, match="2 steps in a row, the last one step 2"):
+        run(config(max_empty_steps=2), [1.0, 1.0, 1.0, 1.0])
+    trainer, _, recorder = run(config(max_empty_steps=4), [1.0, 1.0, 1.0, 1.0])
+    assert trainer.calls == []
+    assert recorder.steps[0]["groups/zero_variance_ratio"] == 1.0
+    assert "loss" not in recorder.steps[0]
+    assert recorder.versions == [0] * 6
+
+
+def test_more_optimizer_steps_use_log_probabilities_from_before_the_first() -> None:
+    trainer, _, _ = run(config(steps_per_generation=2, beta=0.1), [1.0, 0.0, 0.0, 1.0])
+    once = ["reference", "logprobs"] * 2 + ["logprobs"] * 2 + ["step"] * 2
+    assert trainer.calls == once * 3
+    for batch in trainer.batches:
+        assert batch.num_loss_tokens == 4
+        assert batch.ranks[0][0].old_logprobs_T is not None
+        assert batch.ranks[0][0].ref_logprobs_T is not None
+
+
+def test_completions_without_reward_or_aborted_are_not_trained_on() -> None:
+    trainer, _, _ = run(config(), [1.0, float("nan"), 0.0, 1.0], finish="abort")
+    assert trainer.batches[0].num_loss_tokens == 2 * 2
+    (micro,) = trainer.batches[0].ranks[0]
+    assert set(micro.labels_T[micro.loss_mask_T == 1]) == {0, 2}
