@@ -64,7 +64,9 @@ def prepare(config: RunConfig) -> Prepared:
     held_out: list[Prompt] = []
     if is_grpo and (config.data.eval_dataset or config.data.dataset.startswith("reasoning_gym:")):
         held_out = make_prompts(read_rows(config.data, "eval", config.seed), tokenizer, config.data)
-    samples = [] if is_grpo else make_sft_samples(rows, tokenizer, config.sft.max_length)
+    samples = [] if is_grpo else make_sft_samples(
+        rows, tokenizer, config.sft.max_length, config.data.system_prompt
+    )
     rewards = load_rewards(config.rewards) if is_grpo else ()
     for reward in rewards:
         for prompt in [*prompts[:1], *held_out[:1]]:

@@ -245,6 +245,8 @@ class RunConfig(Section):
             raise ValueError(
                 "trainer.sequence_parallel: needs trainer.tensor_model_parallel_size of 2 or more"
             )
+        if trainer.min_lr > trainer.lr:
+            raise ValueError(f"trainer.min_lr: {trainer.min_lr} is above trainer.lr {trainer.lr}")
         if self.optimizer_steps <= trainer.lr_warmup_iters:
             raise ValueError(
                 f"trainer.lr_warmup_iters: {trainer.lr_warmup_iters} leaves no step of the run's "

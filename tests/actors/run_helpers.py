@@ -1,0 +1,156 @@
+"""Runs of the real command in a process of their own, on models that take seconds."""
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.actors.engine_helpers import make_model, prompt, save_tokenizer
+
+ROOT = Path(__file__).parents[2]
+_MARK = "BASCULE_TEST_RUN"
+
+
+def make_workspace(folder: Path, family: str = "qwen3") -> Path:
+    """A model, prompts (`train.jsonl`, `eval.jsonl`, `sft.jsonl`), reward functions and two configs."""
+    make_model(family, seed=3).save_pretrained(folder / "model")
+    save_tokenizer(folder / "model")
+    for name, numbers in (("train", range(20)), ("eval", range(100, 106)), ("sft", range(16))):
+        rows = [
+            {"prompt": _words(number), "completion": _words(number + 500), "target": number}
+            for number in numbers
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rewards.py").write_text(
+        "def low_words(completion: str, target: int) -> float:\n"
+        "    words = completion.split()\n"
+        "    return sum(int(word[1:]) < 150 for word in words) / 10\n"
+        "def broken(completion: str) -> float:\n"
+        "    raise RuntimeError('no such thing')\n"
+    )
+    _write_yaml(folder / "grpo.yaml", _grpo(folder))
+    _write_yaml(folder / "sft.yaml", _sft(folder))
+    return folder
+
+
+def _words(number: int) -> str:
+    return " ".join(f"w{token}" for token in prompt(number, length=4).tokens)
+
+
+def _common(folder: Path) -> dict[str, Any]:
+    return {
+        "model": {"model": str(folder / "model"), "torch_dtype": "float32"},
+        "trainer": {"tensor_model_parallel_size": 2, "lr": 3e-3, "micro_batch_size": 4},
+        "cluster": {"num_cpus": 4, "step_timeout_s": 120},
+    }
+
+
+def _grpo(folder: Path) -> dict[str, Any]:
+    return _common(folder) | {
+        "algorithm": "grpo",
+        "output_dir": str(folder / "grpo"),
+        "max_steps": 3,
+        "rollout": {"max_model_len": 64, "max_num_seqs": 16, "kv_cache_memory_bytes": 32 << 20},
+        "grpo": {"num_generations": 4, "prompts_per_step": 4, "max_completion_length": 10},
+        "data": {"dataset": str(folder / "train.jsonl"), "eval_dataset": str(folder / "eval.jsonl")},
+        "rewards": [{"function": f"{folder / 'rewards.py'}:low_words"}],
+        # Several buckets, the embedding larger than one.
+        "bridge": {"bucket_size_mb": 0.05},
+    }
+
+
+def _sft(folder: Path) -> dict[str, Any]:
+    return _common(folder) | {
+        "algorithm": "sft",
+        "output_dir": str(folder / "sft"),
+        "max_steps": 4,
+        "sft": {"batch_size": 16},
+        "data": {"dataset": str(folder / "sft.jsonl")},
+    }
+
+
+def _write_yaml(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(yaml.safe_dump(content))
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that has ended, and what is left of its processes."""
+
+    code: int
+    out: str
+    err: str
+    left: list[str]
+
+    def result(self) -> dict[str, Any]:
+        """What the last line says."""
+        head, _, rest = self.out.rstrip().rpartition("\n")[2].partition("result: ")
+        assert head == "", self.out + self.err
+        return json.loads(rest)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A command and the mark in its environment, which its children inherit."""
+
+    process: subprocess.Popen[str]
+    mark: str
+
+    def finish(self, timeout: float = 300) -> Finished:
+        """Wait for the end; then give its daemons a moment and list those that stay."""
+        out, err = self.process.communicate(timeout=timeout)
+        left = _marked(self.mark)
+        for _ in range(100):
+            if not left:
+                break
+            _pause()
+            left = _marked(self.mark)
+        return Finished(code=self.process.returncode, out=out, err=err, left=left)
+
+
+def start(*arguments: str) -> Running:
+    """`bascule ARGUMENTS` in a new process."""
+    mark = uuid.uuid4().hex
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "actors.cli", *arguments],
+        cwd=ROOT,
+        env=environment | {_MARK: mark},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return Running(process=process, mark=mark)
+
+
+def run(*arguments: str) -> Finished:
+    """`bascule ARGUMENTS`, waited for."""
+    return start(*arguments).finish()
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _marked(mark: str) -> list[str]:
+    found: list[str] = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes():
+                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200])
+        except OSError:  # it ended while we looked
+            continue
+    return found
+
+
+def _pause() -> None:
+    import time
+
+    time.sleep(0.1)

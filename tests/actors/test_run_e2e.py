@@ -1,0 +1,172 @@
+"""The whole stack by its command: Ray, Megatron ranks, bridge, vLLM engines, rewards, checkpoint."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from algorithms.data import Prompt, SamplingSettings, int_row
+from tests.actors.engine_helpers import reference_greedy, run_config
+from tests.actors.run_helpers import Finished, make_workspace, rows, run
+
+pytestmark = pytest.mark.e2e
+
+LAYOUTS = {
+    "tensor": ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"],
+    "pipeline": [
+        *("--tensor_model_parallel_size", "1", "--pipeline_model_parallel_size", "2", "--beta", "0.1"),
+    ],
+    "data": [
+        *("--tensor_model_parallel_size", "1", "--data_parallel_size", "2", "--num_engines", "2"),
+        *("--steps_per_generation", "2"),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workspace(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def runs(workspace: Path) -> dict[str, Finished]:
+    """One after the other: two cores."""
+    return {
+        name: run(
+            *("grpo", "--config", str(workspace / "grpo.yaml"), "--output_dir", str(workspace / name)),
+            *arguments,
+        )
+        for name, arguments in LAYOUTS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def fresh_engines(runs: dict[str, Finished], workspace: Path, ray_cluster: str) -> dict[str, Any]:
+    """An engine for every run, loaded from its checkpoint."""
+    from ray.util.placement_group import placement_group
+
+    from actors.engine import create_engines
+
+    group = placement_group([{"CPU": 0.5}] * len(runs))
+    assert group.wait(60)
+
+    def start(number: int, name: str) -> Any:
+        path = workspace / name / "checkpoint"
+        return create_engines(run_config(path), str(path), group, [number])
+
+    with ThreadPoolExecutor(len(runs)) as threads:
+        return dict(zip(runs, threads.map(start, range(len(runs)), runs), strict=True))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_run_ends_with_its_result_and_leaves_no_process(
+    runs: dict[str, Finished], workspace: Path, name: str
+) -> None:
+    finished = runs[name]
+    assert finished.code == 0, finished.err
+    assert finished.left == []
+    result = finished.result()
+    directory = workspace / name
+    assert result["checkpoint"] == str(directory / "checkpoint")
+    assert Path(result["curve"]).read_bytes().startswith(b"\x89PNG")
+    assert list((directory / "tensorboard").glob("events.*"))
+    assert (directory / "config.yaml").is_file()
+    assert result["accuracy_after"] == pytest.approx(
+        np.mean([row["reward"] for row in rows(directory / "rollouts.jsonl") if _is_last_eval(row)])
+    )
+
+
+def _is_last_eval(row: dict[str, Any]) -> bool:
+    return row["split"] == "eval" and row["step"] == 3
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_after_every_sync_the_engine_computes_what_the_trainer_computes(
+    runs: dict[str, Finished], workspace: Path, name: str
+) -> None:
+    """A stale, misplaced or half-loaded tensor would show as a mismatch of log-probabilities."""
+    assert runs[name].code == 0, runs[name].err
+    steps = [row for row in rows(workspace / name / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    for row in steps:
+        assert row["sync/buckets"] > 3
+        assert row["grad_norm"] > 0
+        # With two optimizer steps per generation the old log-probabilities are the comparable ones too.
+        assert row["sampling/logprob_difference_mean"] < 1e-5
+    assert any(row["reward"] != steps[0]["reward"] for row in steps[1:])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_last_sync_equals_a_fresh_engine_and_transformers_on_the_checkpoint(
+    fresh_engines: dict[str, Any], workspace: Path, name: str
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    checkpoint = workspace / name / "checkpoint"
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    last = [row for row in rows(workspace / name / "rollouts.jsonl") if _is_last_eval(row)]
+    assert len(last) == 6
+    greedy = SamplingSettings(n=1, max_tokens=10, temperature=0.0)
+    prompts = {
+        row["prompt_id"]: Prompt(
+            id=row["prompt_id"],
+            tokens=int_row(tokenizer(row["messages"][-1]["content"])["input_ids"]),
+            messages=(),
+            columns={},
+        )
+        for row in last
+    }
+    requests = ((prompt, greedy) for prompt in prompts.values())
+    fresh = {group.prompt.id: group.rollouts[0] for group in fresh_engines[name].generate(requests)}
+    for row in last:
+        rollout = fresh[row["prompt_id"]]
+        assert row["completion"] == rollout.text
+        assert row["finish"] == rollout.finish
+        assert row["weight_versions"] == [3, 3] if name != "data" else [6, 6]
+        assert rollout.tokens.tolist() == reference_greedy(model, prompts[row["prompt_id"]].tokens, 10)
+
+
+def test_weights_did_change(runs: dict[str, Finished], workspace: Path) -> None:
+    from safetensors.torch import load_file
+
+    before = load_file(workspace / "model" / "model.safetensors")
+    for name in runs:
+        after = load_file(workspace / name / "checkpoint" / "model.safetensors")
+        assert after.keys() == before.keys()
+        assert all(not torch.equal(after[key], before[key]) for key in before)
+
+
+def test_the_kl_to_the_reference_is_zero_before_the_first_step_and_then_not(
+    runs: dict[str, Finished], workspace: Path
+) -> None:
+    assert runs["pipeline"].code == 0
+    kl = [row["kl"] for row in rows(workspace / "pipeline" / "metrics.jsonl") if "kl" in row]
+    assert kl[0] == pytest.approx(0, abs=1e-9)
+    assert kl[1] > 1e-4
+
+
+def test_sft_starts_from_transformers_loss_and_learns(workspace: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    finished = run("sft", "--config", str(workspace / "sft.yaml"))
+    assert finished.code == 0, finished.err
+    assert finished.left == []
+    model = AutoModelForCausalLM.from_pretrained(workspace / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(workspace / "model")
+    total, count = 0.0, 0
+    for row in rows(workspace / "sft.jsonl"):
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        completion = [*tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id]
+        tokens = torch.tensor([prompt + completion])
+        labels = torch.tensor([[-100] * len(prompt) + completion])
+        with torch.no_grad():
+            total += model(tokens, labels=labels).loss.item() * len(completion)
+        count += len(completion)
+    losses = [row["loss"] for row in rows(workspace / "sft" / "metrics.jsonl")]
+    assert losses[0] == pytest.approx(total / count, rel=1e-4)
+    assert losses[-1] < losses[0]
+    AutoModelForCausalLM.from_pretrained(workspace / "sft" / "checkpoint")
