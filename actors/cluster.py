@@ -2,9 +2,13 @@
 
 import logging
 import os
+import re
+import socket
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -13,6 +17,7 @@ from configs.schema import ClusterConfig
 
 # Workers of a busy two-core machine need longer than Ray's 30 s to register.
 _PATIENCE = {"RAY_raylet_start_wait_time_s": "180", "RAY_worker_register_timeout_seconds": "180"}
+_PROBE_S = 15.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +26,8 @@ class Cluster:
 
     local: bool
     """Started by this process: it will not grow, and it ends with the run."""
+    logs: Path
+    """Where Ray keeps what the actors print, on each node."""
 
 
 @contextmanager
@@ -32,21 +39,29 @@ def connect(cluster: ClusterConfig) -> Generator[Cluster]:
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     try:
         if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+            _probe(address)
+            context: Any = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             for name, value in _PATIENCE.items():
                 os.environ.setdefault(name, value)
-            ray.init(
+            context = ray.init(
                 address="local",
                 num_cpus=cluster.num_cpus,
                 include_dashboard=False,
                 log_to_driver=False,
-                logging_level=logging.WARNING,
+                logging_level=logging.ERROR,
             )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         where = f"at {address}" if address else "on this machine"
         raise BasculeError(f"Ray {where} does not answer: {error}") from error
     try:
-        yield Cluster(local=not address)
+        yield Cluster(local=not address, logs=Path(context.address_info["session_dir"]) / "logs")
     finally:
         ray.shutdown()
+
+
+def _probe(address: str) -> None:
+    """Raises OSError when nothing listens there; Ray itself would go on trying for minutes."""
+    match = re.fullmatch(r"(?:ray://)?\[?([^/\]]+?)\]?:(\d+)", address)
+    if match:
+        socket.create_connection((match[1], int(match[2])), timeout=_PROBE_S).close()
