@@ -1,0 +1,136 @@
+"""Repairs of vLLM's layerwise weight reload. Each is called by name, on one model, from our transfer engine.
+
+Written for vLLM 0.32; the names they use are private to it, so any other version is refused.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import vllm
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.model_loader.reload import layerwise
+from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
+from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
+from vllm.model_executor.model_loader.reload.utils import get_layer_tensors, get_tensor_load_numel
+
+from configs.errors import BasculeError
+
+
+def require_written_for() -> None:
+    """Raises BasculeError when the installed vLLM is not the one that these repairs were written for."""
+    if not vllm.__version__.startswith("0.32."):
+        raise BasculeError(
+            f"vllm {vllm.__version__}: weight updates are repaired for 0.32 only; install vllm 0.32 "
+            "or revise bridge/transport/vllm_fixes.py"
+        )
+
+
+def unloaded_layers(model: torch.nn.Module) -> list[str]:
+    """Layers of an open update that miss weights, as `name (loaded of total elements)`.
+
+    Symptom: finishing an update with q_proj but no k_proj leaves uninitialised memory in the layer, and a
+    layer without any weights keeps its old ones; vLLM reports neither.
+    To be dropped when finalize_layerwise_reload raises in both cases.
+    """
+    pending = [
+        (name, layer, info)
+        for name, layer in model.named_modules()
+        if (info := layerwise.get_layerwise_info(layer)).can_load() and not is_deferred_attention_layer(layer)
+    ]
+    fresh = _storages(p for layer in model.modules() for p in layer.parameters(recurse=False))
+    missing: list[tuple[str, LayerReloadingInfo]] = []
+    for name, layer, info in pending:
+        if _will_complete(layer, info):
+            fresh |= _storages(_kernel_parameters(info))
+        else:
+            missing.append((name, info))
+    # A tied lm_head gets no weights of its own: it shares the storage of the embedding, which got them.
+    return [
+        f"{name} ({info.load_numel} of {info.load_numel_total})"
+        for name, info in missing
+        if info.load_numel or not _storages(_kernel_parameters(info)) <= fresh
+    ]
+
+
+def abort_layerwise_reload(model: torch.nn.Module) -> None:
+    """Close an open update: layers that are still waiting get their previous tensors back.
+
+    Symptom: after an exception in the middle of an update, parameters stay on the meta device and later
+    updates fail or load into the wrong tensors. Layers that were complete keep the new weights, so the
+    model is a mixture until the next full update.
+    To be dropped when vLLM has an abort for initialize_layerwise_reload.
+    """
+    if hasattr(model, "_original_do_torchao_reload"):
+        model._do_torchao_reload = model._original_do_torchao_reload
+    for layer in model.modules():
+        info = layerwise.get_layerwise_info(layer)
+        if info.can_load():
+            for tensor in get_layer_tensors(layer).values():
+                if hasattr(tensor, "weight_loader"):
+                    vars(tensor)["weight_loader"] = layerwise._get_original_loader(tensor)
+            if info.kernel_tensors is not None:
+                layerwise._place_kernel_tensors(layer, info)
+        info.reset()
+    layerwise.LOADING_LAYERS.clear()
+
+
+def repack_tied_lm_head(model: torch.nn.Module) -> None:
+    """Pack embedding and output matrices again for the CPU's matrix product, after a finished update.
+
+    Symptom: a tied lm_head has new values in `weight`, but `cpu_linear` still holds the packed old ones:
+    logits are silently stale.
+    To be dropped when an update processes layers that share a parameter with another (it does not in 0.33).
+    """
+    for layer in model.modules():
+        if isinstance(layer, VocabParallelEmbedding) and isinstance(
+            layer.quant_method, UnquantizedEmbeddingMethod
+        ):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+def prepack_experts_on_update(model: torch.nn.Module) -> None:
+    """Let the model's expert layers be packed in every update, not only at start. CPU only; may be repeated.
+
+    Symptom: expert weights are packed for the CPU's grouped product at the first load but copied unpacked
+    by an update, so that pushing the very same weights changes the output.
+    To be dropped when UnquantizedFusedMoEMethod._setup_kernel packs in updates as well (not in 0.33).
+    """
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if isinstance(method, UnquantizedFusedMoEMethod) and "_setup_kernel" not in vars(method):
+            vars(method)["_setup_kernel"] = functools.partial(_setup_and_pack, method, method._setup_kernel)
+
+
+def _setup_and_pack(method: Any, setup_kernel: Callable[..., None], layer: Any, **weights: Any) -> None:
+    is_update = method.moe_kernel is not None
+    setup_kernel(layer=layer, **weights)
+    if is_update:
+        method.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+
+def _will_complete(layer: torch.nn.Module, info: LayerReloadingInfo) -> bool:
+    """Whether finishing the update will process a waiting layer rightly: nothing to load, or only padding."""
+    parameters = {
+        name: parameter
+        for name, parameter in layer.named_parameters(recurse=False)
+        if name not in SKIP_LOAD_TENSORS
+    }
+    if isinstance(layer, VocabParallelEmbedding):
+        # Rows that pad the vocabulary are zeroed by the loader and not counted.
+        return set(parameters) <= {name for name, _ in info.loaded_weights}
+    return info.load_numel >= sum(get_tensor_load_numel(parameter) for parameter in parameters.values())
+
+
+def _kernel_parameters(info: LayerReloadingInfo) -> Iterable[torch.Tensor]:
+    return () if info.kernel_tensors is None else info.kernel_tensors[0].values()
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if not tensor.is_meta}
