@@ -64,8 +64,8 @@ def prepare(config: RunConfig) -> Prepared:
     held_out: list[Prompt] = []
     if is_grpo and (config.data.eval_dataset or config.data.dataset.startswith("reasoning_gym:")):
         held_out = make_prompts(read_rows(config.data, "eval", config.seed), tokenizer, config.data)
-    samples = [] if is_grpo else make_sft_samples(
-        rows, tokenizer, config.sft.max_length, config.data.system_prompt
+    samples = (
+        [] if is_grpo else make_sft_samples(rows, tokenizer, config.sft.max_length, config.data.system_prompt)
     )
     rewards = load_rewards(config.rewards) if is_grpo else ()
     for reward in rewards:
@@ -99,10 +99,12 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
         RunRecorder(directory, config.max_steps, console) as recorder,
         connect(config.cluster) as cluster,
     ):
-        if config.algorithm == "grpo":
-            _run_grpo(config, prepared, cluster, recorder, directory, console)
-        else:
-            _run_sft(config, prepared, cluster, recorder, directory, console)
+        train = _run_grpo if config.algorithm == "grpo" else _run_sft
+        try:
+            train(config, prepared, cluster, recorder, directory, console)
+        except BasculeError:
+            console.line(f"what the actors printed is in {cluster.logs}")
+            raise
         curve = directory / "curve.png"
         plot_curve(recorder, curve)
     result: dict[str, Any] = {
