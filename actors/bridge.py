@@ -10,7 +10,7 @@ import ray
 import torch
 
 from actors import deadline
-from actors.engine import EngineGroup
+from actors.engine_group import EngineGroup
 from actors.placement import Reservation
 from actors.trainer import TrainerGroup
 from bridge.layouts import region_numel, slices
@@ -107,7 +107,7 @@ class WeightBridge:
         self._engines = engines
         buckets = plan.buckets(int(config.bridge.bucket_size_mb * (1 << 20)))
         options: Mapping[str, Any] = reservation.options("bridge", 0)
-        self._bridge = ray.remote(Bridge).options(**options).remote(plan, buckets)
+        self._bridge: Any = ray.remote(Bridge).options(**options).remote(plan, buckets)
         trainers.follow(plan, checkpoint, buckets)
         self._connect(config, buckets)
 

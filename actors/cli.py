@@ -10,7 +10,8 @@ from typing import Any
 from tqdm import tqdm
 
 from configs.errors import BasculeError
-from configs.load import describe_options, dump_config, load_config
+from configs.load import dump_config, load_config
+from configs.options import describe_options
 from configs.schema import RunConfig
 
 _RUNS = {

@@ -129,7 +129,7 @@ def _run_grpo(
     console: Console,
 ) -> None:
     from actors.bridge import WeightBridge
-    from actors.engine import create_engines
+    from actors.engine_group import create_engines
     from actors.reward_worker import create_reward_group
     from actors.trainer import TrainerGroup, plan_of
 

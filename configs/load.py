@@ -1,21 +1,18 @@
 """YAML files and command-line overrides become a checked config; every complaint says where it comes from."""
 
-import difflib
-import json
 import re
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin
+from typing import Any, TypeVar, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
 from configs.errors import ConfigError
+from configs.options import Option, list_options, nearest, option_at, resolve_key, section_of, show, type_text
 from configs.schema import RunConfig
 
 S = TypeVar("S", bound=BaseModel)
@@ -48,20 +45,6 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     # The same rules decide which strings need quotes, so that a dump loads back as it was.
     yaml_implicit_resolvers = _resolvers()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Option:
-    """One leaf of a schema. `path` has "N" where a list section takes an index."""
-
-    path: tuple[str, ...]
-    annotation: Any
-    field: FieldInfo
-
-    @property
-    def dotted(self) -> str:
-        """`section.key`."""
-        return ".".join(self.path)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -100,7 +83,7 @@ def load_settings(
     if path is not None:
         tree, sources.lines = _read_file(path)
     for name, info in schema.model_fields.items():
-        inner, many = _section(info.annotation)
+        inner, many = section_of(info.annotation)
         # A section left out, or with all of its keys commented out, is an empty one.
         if inner is not None and not many and (info.is_required() or name in tree):
             tree[name] = {} if tree.get(name) is None else tree[name]
@@ -122,94 +105,6 @@ def dump_config(config: BaseModel) -> str:
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def describe_options(schema: type[BaseModel] = RunConfig) -> str:
-    """Help text of every option, grouped by section: `--section.key TYPE`, its text, its default."""
-    groups: dict[tuple[str, ...], list[str]] = {(): [(schema.__doc__ or "").strip()]}
-    for name, info in schema.model_fields.items():
-        inner, _ = _section(info.annotation)
-        if inner is not None:
-            groups[(name,)] = [f"{name}: {(inner.__doc__ or '').strip()}"]
-    for option in list_options(schema):
-        groups.setdefault(option.path[:1] if len(option.path) > 1 else (), []).append(_describe(option))
-    return "\n\n".join("\n".join(lines) for lines in groups.values()) + "\n"
-
-
-def list_options(schema: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[Option]:
-    """All leaves of `schema`, in the order in which they are written there."""
-    options: list[Option] = []
-    for name, info in schema.model_fields.items():
-        inner, many = _section(info.annotation)
-        path = (*prefix, name)
-        if inner is None:
-            options.append(Option(path=path, annotation=info.annotation, field=info))
-        else:
-            options.extend(list_options(inner, (*path, "N") if many else path))
-    return options
-
-
-def resolve_key(key: str, options: Sequence[Option]) -> tuple[list[str | int], Option]:
-    """The place that `section.key`, or a leaf name that is unique, stands for, and its option.
-
-    Raises ConfigError for an unknown key (with the nearest one) or an ambiguous leaf (with all of them).
-    """
-    parts = key.split(".")
-    for option in options:
-        if (place := _match(parts, option.path, option)) is not None:
-            return place, option
-    found = [
-        ([*option.path[:-1], *place], option)
-        for option in options
-        if "N" not in option.path and (place := _match(parts, option.path[-1:], option)) is not None
-    ]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = " or ".join(f"--{option.dotted}" for _, option in found)
-        raise ConfigError(f"command line: --{key} is ambiguous; write {names}")
-    inside = [option.path[-1] for option in options if _starts_with(option.path, parts)]
-    if inside:
-        raise ConfigError(f"command line: --{key} is a section; give one of its keys: {', '.join(inside)}")
-    raise ConfigError(f"command line: --{key} is not an option{_nearest(parts, options, '--')}")
-
-
-def _starts_with(path: tuple[str, ...], parts: Sequence[str]) -> bool:
-    return len(parts) < len(path) and all(
-        part == name or (name == "N" and part.isdigit()) for part, name in zip(parts, path, strict=False)
-    )
-
-
-def _match(parts: Sequence[str], path: tuple[str, ...], option: Option) -> list[str | int] | None:
-    place: list[str | int] = []
-    if len(parts) < len(path):
-        return None
-    for part, name in zip(parts, path, strict=False):
-        if name == "N" and part.isdigit():
-            place.append(int(part))
-        elif name != "N" and part == name:
-            place.append(part)
-        else:
-            return None
-    rest = list(parts[len(path) :])
-    kind = get_origin(option.annotation)
-    if kind is dict and rest:
-        return [*place, ".".join(rest)]
-    if kind is tuple and len(rest) == 1 and rest[0].isdigit():
-        return [*place, int(rest[0])]
-    return None if rest else place
-
-
-def _section(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """The section class an annotation holds, if any, and whether it holds a list of them."""
-    kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
-    if get_origin(annotation) is tuple and len(kinds) == 2 and kinds[1] is Ellipsis:
-        return _section(kinds[0])[0], True
-    if get_origin(annotation) is not None and len(kinds) == 1:
-        return _section(kinds[0])
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation, False
-    return None, False
-
-
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The file's mapping, and the line of each dotted key."""
     try:
@@ -226,7 +121,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except OSError as error:
         raise ConfigError(f"{path}: this config file cannot be read: {error.strerror}") from None
     if not isinstance(tree, dict | None):
-        raise ConfigError(f"{path}:1: a config file is a mapping of sections, this one is {_show(tree)}")
+        raise ConfigError(f"{path}:1: a config file is a mapping of sections, this one is {show(tree)}")
     return cast(dict[str, Any], tree or {}), lines
 
 
@@ -271,7 +166,7 @@ def _parse_value(key: str, text: str | None, option: Option, place: Sequence[str
     if text is None:
         if bool in kinds and len(place) == len(option.path):
             return True
-        raise ConfigError(f"command line: --{key} needs a value, {_type_text(option.annotation)}")
+        raise ConfigError(f"command line: --{key} needs a value, {type_text(option.annotation)}")
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     plain = (str in kinds or Path in kinds) and get_origin(option.annotation) is not dict
     if plain and not quoted and (get_origin(option.annotation) is not tuple or len(place) > len(option.path)):
@@ -281,7 +176,7 @@ def _parse_value(key: str, text: str | None, option: Option, place: Sequence[str
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         raise ConfigError(
-            f"command line: --{key}: {text!r} is not valid YAML; wanted {_type_text(option.annotation)}"
+            f"command line: --{key}: {text!r} is not valid YAML; wanted {type_text(option.annotation)}"
         ) from None
 
 
@@ -300,7 +195,7 @@ def _slot(node: Any, part: str | int, key: str) -> Any:
     if isinstance(part, str) and isinstance(node, dict):
         return cast(dict[str, Any], node).get(part)
     if not isinstance(part, int) or not isinstance(node, list):
-        raise ConfigError(f"command line: --{key} does not fit the file, which has {_show(node)} there")
+        raise ConfigError(f"command line: --{key} does not fit the file, which has {show(node)} there")
     items = cast(list[Any], node)
     if part > len(items):
         raise ConfigError(f"command line: --{key}: there are {len(items)} items, so the next is {len(items)}")
@@ -315,9 +210,7 @@ def _check_algorithm(
     given = tree.get("algorithm", algorithm)
     choices = next(get_args(option.annotation) for option in options if option.path == ("algorithm",))
     if given not in choices:
-        raise ConfigError(
-            f"{sources.where('algorithm')} is {_show(given)}; it is one of {', '.join(choices)}"
-        )
+        raise ConfigError(f"{sources.where('algorithm')} is {show(given)}; it is one of {', '.join(choices)}")
     if given != algorithm:
         raise ConfigError(
             f"{sources.where('algorithm')} is {given}, so run `bascule {given}`, not `bascule {algorithm}`"
@@ -327,74 +220,19 @@ def _check_algorithm(
 def _explain(error: ValidationError, options: Sequence[Option], sources: _Sources) -> Iterator[str]:
     told: set[str] = set()
     for item in error.errors(include_url=False):
-        option, dotted = _option_at(item["loc"], options)
+        option, dotted = option_at(item["loc"], options)
         if dotted in told and dotted:
             continue
         told.add(dotted)
         where, message = sources.where(dotted), item["msg"].replace("Input should be", "should be")
         if item["type"] == "extra_forbidden":
-            yield f"{where} is not an option{_nearest(dotted.split('.'), options, '')}"
+            yield f"{where} is not an option{nearest(dotted.split('.'), options, '')}"
         elif item["type"] == "missing":
             text = f" ({option.field.description})" if option and option.field.description else ""
             yield f"{where} is required{text}; give it in the config file or as --{dotted}"
         elif not dotted:
             yield (f"{sources.file}: " if sources.file else "") + message.removeprefix("Value error, ")
         elif option is not None and len(item["loc"]) > len(dotted.split(".")):
-            yield f"{where} is {_show(item['input'])}; should be {_type_text(option.annotation)}"
+            yield f"{where} is {show(item['input'])}; should be {type_text(option.annotation)}"
         else:
-            yield f"{where} is {_show(item['input'])}; {message.removeprefix('Value error, ')}"
-
-
-def _option_at(loc: Sequence[str | int], options: Sequence[Option]) -> tuple[Option | None, str]:
-    """The option of a pydantic location, and its dotted key without the tags of union members at the end."""
-    parts = [str(part) for part in loc]
-    for end in range(len(parts), 0, -1):
-        for option in options:
-            inside = end - len(option.path) <= 1
-            if inside and _match(parts[:end], option.path, option) is not None:
-                return option, ".".join(parts[:end])
-    return None, ".".join(parts)
-
-
-def _nearest(parts: Sequence[str], options: Sequence[Option], dashes: str) -> str:
-    """`; did you mean X?` for the option or section that is most like `parts`, wherever it is."""
-    names = {option.dotted for option in options} | {option.path[0] for option in options}
-    wanted = ".".join("N" if part.isdigit() else part for part in parts)
-    section, _, leaf = wanted.rpartition(".")
-
-    def likeness(name: str) -> float:
-        whole = difflib.SequenceMatcher(None, wanted, name).ratio()
-        own_section, _, own_leaf = name.rpartition(".")
-        last = difflib.SequenceMatcher(None, leaf, own_leaf).ratio()
-        return max(whole, last) + (0.05 if section == own_section else 0.0)
-
-    best = max(sorted(names), key=likeness)
-    return f"; did you mean {dashes}{best}?" if likeness(best) > 0.65 else ""
-
-
-def _type_text(annotation: Any) -> str:
-    names = {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", NoneType: "null"}
-    kinds = get_args(annotation)
-    if annotation in names:
-        return names[annotation]
-    if get_origin(annotation) is Literal:
-        return "|".join(str(kind) for kind in kinds)
-    if get_origin(annotation) is dict:
-        return f"{{NAME: {_type_text(kinds[1])}}}"
-    if get_origin(annotation) is tuple:
-        return f"[{_type_text(kinds[0])}, ...]"
-    return "|".join(_type_text(kind) for kind in kinds)
-
-
-def _describe(option: Option) -> str:
-    info = option.field
-    default = "" if info.is_required() else json.dumps(info.default, default=str).strip('"')
-    note = "(required)" if info.is_required() else f"(default: {default})"
-    text = textwrap.wrap(f"{info.description or ''} {note}", 100, break_on_hyphens=False)
-    lines = [f"  --{option.dotted} {_type_text(option.annotation)}", *(f"        {line}" for line in text)]
-    return "\n".join(lines)
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+            yield f"{where} is {show(item['input'])}; {message.removeprefix('Value error, ')}"

@@ -7,7 +7,7 @@ import pytest
 
 from actors.cli import main
 from actors.env import PACKAGES, check_one_source
-from configs.load import list_options
+from configs.options import list_options
 from configs.schema import RunConfig
 from tests.actors.run_helpers import ROOT, make_workspace
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from actors.deadline import ActorLostError
-from actors.engine import EngineError, EngineGroup
+from actors.engine import EngineError
+from actors.engine_group import EngineGroup
 from algorithms.data import Group
 from tests.actors.engine_helpers import (
     EOS,
@@ -275,7 +276,7 @@ DRIVER = """
 import sys, time
 import ray
 from ray.util.placement_group import placement_group
-from actors.engine import create_engines
+from actors.engine_group import create_engines
 from tests.actors.engine_helpers import run_config
 ray.init(address=sys.argv[1], log_to_driver=False)
 group = placement_group([{"CPU": 0.5}])

@@ -48,7 +48,7 @@ def fresh_engines(runs: dict[str, Finished], workspace: Path, ray_cluster: str) 
     """An engine for every run, loaded from its checkpoint."""
     from ray.util.placement_group import placement_group
 
-    from actors.engine import create_engines
+    from actors.engine_group import create_engines
 
     group = placement_group([{"CPU": 0.5}] * len(runs))
     assert group.wait(60)

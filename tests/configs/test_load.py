@@ -7,7 +7,8 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from configs.errors import ConfigError
-from configs.load import describe_options, dump_config, list_options, load_config, load_settings, resolve_key
+from configs.load import dump_config, load_config, load_settings
+from configs.options import describe_options, list_options, resolve_key
 from configs.schema import DataConfig, ModelConfig, RewardConfig, RunConfig, TrainerConfig
 
 NEEDED = ("--model", "m", "--dataset", "d.jsonl", "--rewards.0.function", "exact_match")
