@@ -208,7 +208,12 @@ def engine_arguments(config: RunConfig, model_path: str, device: str) -> dict[st
     memory: dict[str, Any] = (
         {"gpu_memory_utilization": rollout.gpu_memory_utilization}
         if device == "cuda"
-        else {"kv_cache_memory_bytes": rollout.kv_cache_memory_bytes}
+        else {
+            "kv_cache_memory_bytes": rollout.kv_cache_memory_bytes,
+            # vLLM 0.32 rewinds the generator of a seeded request whose prompt it took in part, and torch's CPU
+            # generator cannot: the whole engine ends. Without chunks a prompt waits for a step it fits into.
+            "enable_chunked_prefill": False,
+        }
     )
     return {
         "model": model_path,

@@ -190,7 +190,7 @@ def run_config(path: Path) -> RunConfig:
             "algorithm": "sft",
             "model": {"model": str(path), "torch_dtype": "float32", "device": "cpu"},
             "data": {"dataset": "none.jsonl"},
-            "rollout": {"max_model_len": 128, "max_num_seqs": 8, "kv_cache_memory_bytes": 32 << 20},
+            "rollout": {"max_model_len": 128, "max_num_seqs": 64, "kv_cache_memory_bytes": 32 << 20},
             "cluster": {"cpus_per_engine": 0.5, "step_timeout_s": 120, "start_timeout_s": 300},
         }
     )

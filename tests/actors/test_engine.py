@@ -70,6 +70,20 @@ def test_logprobs_are_those_of_the_sampling_temperature(rigs: dict[str, Rig]) ->
         np.testing.assert_allclose(rollout.logprobs, expected, atol=1e-3)
 
 
+def test_a_flood_of_seeded_prompts_is_sampled_like_each_alone(rigs: dict[str, Rig]) -> None:
+    """More prompt tokens than vLLM takes into one step: some prompts have to wait, or would be cut in two."""
+    rig = rigs["llama"]
+    requests = [(prompt(i, length=110), settings(max_tokens=2, seed=100 * i)) for i in range(60)]
+    together = generate(rig, *requests)
+    assert len(together) == 60
+    for each in requests[::20]:
+        name = each[0].id
+        alone = generate(rig, each)[name]
+        assert together[name].rollouts[0].tokens.tolist() == alone.rollouts[0].tokens.tolist()
+        expected = reference_logprobs(rig.model, together[name], 0)
+        np.testing.assert_allclose(together[name].rollouts[0].logprobs, expected, atol=1e-3)
+
+
 def test_samples_differ_and_a_seed_repeats_them(rigs: dict[str, Rig]) -> None:
     rig = rigs["llama"]
     first = generate(rig, (prompt(2), settings(n=8, seed=5)))["p2"]
