@@ -102,10 +102,17 @@ class EngineGroup:
         """Results of one ref per engine. Raises like deadline.get_all."""
         return deadline.get_all(refs, self._names, timeout_s=self._timeout_s, phase=phase)
 
-    def start(self, timeout_s: float) -> None:
-        """Wait until every engine has loaded its model; logs the seconds of each. Raises like `wait`."""
-        refs = [engine.start.remote() for engine in self._engines]
-        seconds = deadline.get_all(refs, self._names, timeout_s=timeout_s, phase="start of engines")
+    def start(self) -> list[ray.ObjectRef]:
+        """Let all engines load their models. Returns at once, so that trainers can start meanwhile."""
+        return [engine.start.remote() for engine in self._engines]
+
+    def ready(self, refs: Sequence[Any], timeout_s: float) -> None:
+        """Wait for what `start` gave; logs the seconds of each engine. Raises like `wait`; none is left then."""
+        try:
+            seconds = deadline.get_all(refs, self._names, timeout_s=timeout_s, phase="start of engines")
+        except BasculeError:
+            self.kill()
+            raise
         for name, took in zip(self._names, seconds, strict=True):
             LOG.info("%s started in %.1f s", name, took)
 
@@ -125,11 +132,7 @@ class EngineGroup:
 def create_engines(
     config: RunConfig, model_path: str, placement_group: PlacementGroup, bundle_indices: Sequence[int]
 ) -> EngineGroup:
-    """One engine in each of the bundles, started and ready to sample with weight version 0.
-
-    Raises EngineError, ActorLostError or DeadlineExceededError (after cluster.start_timeout_s) naming the
-    engine; none is left running then.
-    """
+    """One engine in each of the bundles; `start` and `ready` make them sample, with weight version 0."""
     device = resolve_device(config.model.device)
     environment = engine_environment(model_path, device, config.cluster.cpus_per_engine)
     engines = [
@@ -148,10 +151,4 @@ def create_engines(
         .remote(f"engine {index}", model_path, config, device)
         for index, bundle in enumerate(bundle_indices)
     ]
-    group = EngineGroup(engines, config.rollout.max_num_seqs, config.cluster.step_timeout_s)
-    try:
-        group.start(config.cluster.start_timeout_s)
-    except BasculeError:
-        group.kill()
-        raise
-    return group
+    return EngineGroup(engines, config.rollout.max_num_seqs, config.cluster.step_timeout_s)

@@ -4,7 +4,6 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,19 +136,13 @@ def _run_grpo(
         prepared.bundles, timeout_s=config.cluster.placement_timeout_s, can_grow=not cluster.local
     )
     start = time.monotonic()
+    engines = create_engines(
+        config, str(prepared.model_dir), reservation.group, reservation.indices("engine")
+    )
     # Both take a good part of a minute on a small machine; neither needs the other.
-    with ThreadPoolExecutor(2) as pool:
-        starting_trainers = pool.submit(
-            TrainerGroup, config, reservation, prepared.device, prepared.model_dir, prepared.ref_model_dir
-        )
-        starting_engines = pool.submit(
-            create_engines,
-            config,
-            str(prepared.model_dir),
-            reservation.group,
-            reservation.indices("engine"),
-        )
-        trainers, engines = starting_trainers.result(), starting_engines.result()
+    starting = engines.start()
+    trainers = TrainerGroup(config, reservation, prepared.device, prepared.model_dir, prepared.ref_model_dir)
+    engines.ready(starting, config.cluster.start_timeout_s)
     plan = plan_of(trainers, prepared.tensors, _dtype(config))
     weights = WeightBridge(config, reservation, plan, trainers, engines, directory / "checkpoint")
     judge = create_reward_group(config, reservation.group, reservation.indices("reward")[0])

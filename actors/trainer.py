@@ -1,7 +1,6 @@
 """Trainer ranks: Ray actors that each host one Megatron rank, and the group that drives them."""
 
 import os
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,11 @@ from algorithms.data import Batch, FloatRow, MicroBatch, StepResult
 from bridge.checkpoint import CheckpointReader, CheckpointWriter
 from bridge.layouts import slices
 from bridge.plan import Bucket, Piece, Plan, TensorInfo, build_plan
+from bridge.transport.gloo import GlooGroup, connect, free_port
 from configs.schema import RunConfig
 
 if TYPE_CHECKING:
     from actors.megatron_model import FrozenModel, MegatronModel
-    from bridge.transport.gloo import GlooGroup
 
 
 class TrainerRank:
@@ -41,7 +40,8 @@ class TrainerRank:
 
     def address(self) -> str:
         """A `tcp://` rendezvous that was free on this rank's node a moment ago."""
-        return f"tcp://{ray.util.get_node_ip_address()}:{free_port()}"
+        host = ray.util.get_node_ip_address()
+        return f"tcp://{host}:{free_port(host)}"
 
     def start(self, address: str, model_dir: Path, ref_model_dir: Path | None) -> list[Piece]:
         """Join the group, build and load the model; returns what this rank holds of the HF tensors."""
@@ -132,8 +132,6 @@ class TrainerRank:
 
     def connect_bridge(self, host: str, port: int) -> None:
         """Join the group of the bridge (rank 0) and all trainer ranks (their rank plus 1)."""
-        from bridge.transport.gloo import connect
-
         self._bridge = connect(
             host,
             port,
@@ -275,10 +273,3 @@ def plan_of(group: TrainerGroup, tensors: Mapping[str, TensorInfo], dtype: torch
     claims = [piece for pieces in group.pieces for piece in pieces]
     infos = [TensorInfo(name=name, dtype=dtype, shape=tensors[name].shape) for name in hf_order(claims)]
     return build_plan(infos, claims)
-
-
-def free_port() -> int:
-    """A port that was free on this node a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]

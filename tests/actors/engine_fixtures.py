@@ -48,7 +48,9 @@ def rigs(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         model = models[number]
         path = paths[number]
         config = run_config(path)
-        return Rig(engines=create_engines(config, str(path), group, [number]), model=model, config=config)
+        engines = create_engines(config, str(path), group, [number])
+        engines.ready(engines.start(), config.cluster.start_timeout_s)
+        return Rig(engines=engines, model=model, config=config)
 
     models = [make_model(family, seed=1) for family in families]
     paths = [tmp_path_factory.mktemp(family) for family in families]

@@ -295,6 +295,7 @@ from tests.actors.engine_helpers import run_config
 ray.init(address=sys.argv[1], log_to_driver=False)
 group = placement_group([{"CPU": 0.5}])
 engines = create_engines(run_config(sys.argv[2]), sys.argv[2], group, [0])
+engines.ready(engines.start(), 300)
 (info,) = engines.info()
 sys.stdout.write(" ".join(str(pid) for pid in (info.pid, *info.child_pids)) + chr(10))
 sys.stdout.flush()

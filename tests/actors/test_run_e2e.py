@@ -55,7 +55,9 @@ def fresh_engines(runs: dict[str, Finished], workspace: Path, ray_cluster: str) 
 
     def start(number: int, name: str) -> Any:
         path = workspace / name / "checkpoint"
-        return create_engines(run_config(path), str(path), group, [number])
+        engines = create_engines(run_config(path), str(path), group, [number])
+        engines.ready(engines.start(), 300)
+        return engines
 
     with ThreadPoolExecutor(len(runs)) as threads:
         return dict(zip(runs, threads.map(start, range(len(runs)), runs), strict=True))
