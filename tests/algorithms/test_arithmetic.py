@@ -1,18 +1,19 @@
-"""The synthetic task, against sorting by hand and by counting."""
+"""The synthetic task, against subtraction of every pair of digits."""
 
 import pytest
 
-from algorithms.arithmetic import digits_in_place, make_splits
+from algorithms.arithmetic import closeness, make_splits
 from configs.errors import ConfigError
 
 
-def test_answers_are_the_digits_in_ascending_order() -> None:
+def test_answers_are_the_largest_difference_of_two_digits() -> None:
     splits = make_splits(seed=3, warm_up=20, train=200, held_out=50)
     for problem in (*splits.warm_up, *splits.train, *splits.held_out):
         word, number = problem.prompt.split(" ")
-        assert word == "sort"
+        assert word == "range"
         assert len(number) == 5
-        assert problem.answer == "".join(digit * number.count(digit) for digit in "0123456789")
+        digits = [int(digit) for digit in number]
+        assert problem.answer == str(max(left - right for left in digits for right in digits))
 
 
 def test_sizes_are_as_asked_and_prompts_distinct() -> None:
@@ -21,10 +22,11 @@ def test_sizes_are_as_asked_and_prompts_distinct() -> None:
         assert len({problem.prompt for problem in part}) == len(part) == size
 
 
-def test_held_out_answers_occur_nowhere_else() -> None:
+def test_held_out_digits_occur_nowhere_else_in_any_order() -> None:
     splits = make_splits(seed=1)
-    held_out = {problem.answer for problem in splits.held_out}
-    assert held_out.isdisjoint(problem.answer for problem in (*splits.warm_up, *splits.train))
+    held_out = {tuple(sorted(problem.prompt)) for problem in splits.held_out}
+    others = (*splits.warm_up, *splits.train)
+    assert held_out.isdisjoint(tuple(sorted(problem.prompt)) for problem in others)
 
 
 def test_same_seed_same_problems_and_another_seed_others() -> None:
@@ -45,17 +47,20 @@ def test_too_few_digits_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("completion", "answer", "share"),
+    ("completion", "answer", "reward"),
     [
-        ("01358", "01358", 1.0),
-        (" 01358\n", "01358", 1.0),
-        ("01385", "01358", 0.6),
-        ("0135", "01358", 0.8),
-        ("0135801358", "01358", 0.5),
-        ("", "01358", 0.0),
+        ("7", "7", 1.0),
+        (" 7\n", "7", 1.0),
+        ("4", "7", 2 / 3),
+        ("9", "0", 0.0),
+        ("07", "7", 0.0),
+        ("-7", "7", 0.0),
+        ("²", "2", 0.0),
+        ("\u0667", "7", 0.0),
+        ("", "7", 0.0),
     ],
 )
-def test_digits_in_place_counts_positions_of_the_longer_text(
-    completion: str, answer: str, share: float
+def test_closeness_falls_with_the_distance_and_is_zero_for_anything_but_a_digit(
+    completion: str, answer: str, reward: float
 ) -> None:
-    assert digits_in_place(completion, answer) == pytest.approx(share)
+    assert closeness(completion, answer) == pytest.approx(reward)

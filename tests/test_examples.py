@@ -1,0 +1,83 @@
+"""What the repository shows to a user works: its configs, its example rewards, the commands in its README."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from actors.tiny_model import build_tiny_model, write_arithmetic
+from algorithms.data import Group, Prompt, Rollout, float_row, int_row
+from algorithms.rewards.loading import load_rewards
+from algorithms.rewards.scoring import score_group
+from configs.load import load_config
+from configs.schema import RewardConfig
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_valid_and_says_only_what_differs_from_the_defaults(path: Path) -> None:
+    given = yaml.safe_load(path.read_text())
+    config = load_config(path, [], given["algorithm"])
+    minimal = {"model": {"model": "m"}, "data": {"dataset": "d"}, "rewards": [{"function": "f"}]}
+    defaults = type(config).model_validate(minimal)
+    for section, values in given.items():
+        if isinstance(values, dict):
+            for key in values:
+                here, there = getattr(config, section), getattr(defaults, section)
+                assert getattr(here, key) != getattr(there, key), f"{section}.{key} is the default"
+
+
+def test_commands_of_the_readme_name_real_commands_and_options() -> None:
+    commands = re.findall(
+        r"^(?:ray job submit .* -- python -m actors\.cli|bascule) (.*?)(?: +#.*)?$", README, re.M
+    )
+    assert len(commands) >= 5
+    for command in commands:
+        words = shlex.split(command)
+        if "--help" in words or words[0] == "make-model":
+            continue
+        path = words[words.index("--config") + 1]
+        rest = [word for word in words[1:] if word not in ("--config", path)]
+        algorithm = yaml.safe_load((ROOT / path).read_text())["algorithm"]
+        config = load_config(ROOT / path, rest, algorithm)
+        assert words[0] in (config.algorithm, "plan")
+
+
+def test_the_example_rewards_score_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    rewards = load_rewards(
+        [RewardConfig(function=f"examples/my_rewards.py:{name}") for name in ("accuracy", "brief")]
+    )
+    rollouts = tuple(
+        Rollout(
+            tokens=int_row([1] * length),
+            logprobs=float_row([0.0] * length),
+            text=text,
+            finish=finish,
+            loss_mask=int_row([1] * length),
+            versions=(0, 0),
+        )
+        for text, length, finish in ((" 12\n", 4, "stop"), ("13", 2, "stop"), ("12", 8, "length"))
+    )
+    prompt = Prompt(id="p", tokens=int_row([1]), messages=(), columns={"prompt": "5+7=", "answer": "12"})
+    scored = score_group(rewards, Group(prompt=prompt, rollouts=rollouts))
+    assert scored.parts == {"accuracy": (1.0, 0.0, 1.0), "brief": (0.25, 0.5, None)}
+    assert scored.rewards.tolist() == [1.25, 0.5, 1.0]
+
+
+def test_the_demo_configs_fit_the_tiny_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from actors.cli import main
+
+    build_tiny_model(tmp_path / "runs/tiny/base", seed=42)
+    write_arithmetic(tmp_path / "runs/tiny/data", seed=42)
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "--config", str(ROOT / "configs/sft-tiny.yaml")]) == 0
+    assert main(["plan", "--config", str(ROOT / "configs/grpo-tiny.yaml"), "--model", "runs/tiny/base"]) == 0
+    assert "2 ranks = tensor 2" in capsys.readouterr().out
