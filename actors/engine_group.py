@@ -62,7 +62,10 @@ class EngineGroup:
         finally:
             for ref, (engine, n, _) in running.items():
                 self._room.give_back(engine, n)
-                ray.cancel(ref, recursive=False)
+                # An iterator that an error left behind may be closed only after the run has left Ray; any call
+                # would then start a new Ray.
+                if ray.is_initialized():
+                    ray.cancel(ref, recursive=False)
 
     def init_weights(
         self, host: str, port: int, timeout_s: float, buckets: Iterable[Bucket]

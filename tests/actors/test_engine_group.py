@@ -1,0 +1,41 @@
+"""The group's own behaviour, with engines that only hand out references."""
+
+from typing import Any
+
+import pytest
+import ray
+
+from actors import deadline
+from actors.engine_group import EngineGroup
+from tests.actors.engine_helpers import prompt, settings
+
+pytestmark = pytest.mark.engine
+
+
+class Method:
+    def remote(self, *arguments: Any) -> object:
+        return object()
+
+
+class Engine:
+    generate = Method()
+
+
+def test_an_iterator_left_behind_by_an_error_does_not_start_a_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the check, closing it after the run's end hung the process: ray.cancel joined a new cluster."""
+
+    def late(*arguments: Any, **options: Any) -> None:
+        raise deadline.DeadlineExceededError("late")
+
+    def cancel(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("ray was called after the run had left it")
+
+    monkeypatch.setattr(deadline, "wait_any", late)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "cancel", cancel)
+    group = EngineGroup([Engine()], room=4, timeout_s=1)
+    with pytest.raises(deadline.DeadlineExceededError, match="late"):
+        next(group.generate([(prompt(0), settings(n=3))]))
+    # The room is free again: four more fit.
+    with pytest.raises(deadline.DeadlineExceededError, match="late"):
+        next(group.generate([(prompt(0), settings(n=4))]))
