@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from configs.errors import BasculeError
-from configs.load import dump_config, load_config
+from configs.load import dump_config, load_config, load_settings
 from configs.options import describe_options
 from configs.schema import RunConfig
 
@@ -117,7 +117,7 @@ def _install_seconds() -> dict[str, float]:
 
 
 def _plan(options: argparse.Namespace, rest: list[str]) -> int:
-    config = load_config(options.config, rest, _algorithm_of(options.config, rest))
+    config = load_settings(RunConfig, options.config, rest)
     from actors.run import describe, prepare
 
     prepared = prepare(config)
@@ -125,18 +125,6 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> int:
     for line in describe(config, prepared):
         print(line)
     return 0
-
-
-def _algorithm_of(path: Path | None, rest: Sequence[str]) -> str:
-    """What a file says it is for; `plan` serves every command."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text()) if path else {}
-    except (OSError, yaml.YAMLError):
-        content = {}  # load_config says what is wrong with it
-    default = RunConfig.model_fields["algorithm"].default
-    return content.get("algorithm", default) if isinstance(content, dict) else default
 
 
 def _make_model(options: argparse.Namespace, rest: list[str]) -> int:

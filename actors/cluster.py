@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
-from configs.errors import BasculeError
+from configs.errors import BasculeError, ConfigError
 from configs.schema import ClusterConfig
 
 # Workers of a busy two-core machine need longer than Ray's 30 s to register.
@@ -37,6 +38,10 @@ def connect(cluster: ClusterConfig) -> Generator[Cluster]:
     Raises BasculeError when the address does not answer.
     """
     address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if address and address.startswith("ray://"):
+        raise ConfigError(
+            f"cluster.address: {address} is a Ray client's; submit the run with `ray job submit`"
+        )
     try:
         if address:
             _probe(address)
@@ -51,7 +56,7 @@ def connect(cluster: ClusterConfig) -> Generator[Cluster]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, RayError) as error:
         where = f"at {address}" if address else "on this machine"
         raise BasculeError(f"Ray {where} does not answer: {error}") from error
     try:
@@ -62,6 +67,6 @@ def connect(cluster: ClusterConfig) -> Generator[Cluster]:
 
 def _probe(address: str) -> None:
     """Raises OSError when nothing listens there; Ray itself would go on trying for minutes."""
-    match = re.fullmatch(r"(?:ray://)?\[?([^/\]]+?)\]?:(\d+)", address)
+    match = re.fullmatch(r"\[?([^/\]]+?)\]?:(\d+)", address)
     if match:
         socket.create_connection((match[1], int(match[2])), timeout=_PROBE_S).close()

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from configs.errors import BasculeError
+
+_AFTER_FAILURE_S = 5.0
 
 
 class DeadlineExceededError(BasculeError, TimeoutError):
@@ -19,10 +21,11 @@ class ActorLostError(BasculeError):
 
 
 def get_all(refs: Sequence[Any], owners: Sequence[str], *, timeout_s: float, phase: str) -> list[Any]:
-    """Results of all `refs`, in order. The first failure is raised at once, without waiting for the rest.
+    """Results of all `refs`, in order. A failure is raised without waiting for the rest to finish.
 
     Raises DeadlineExceededError naming the late owners, ActorLostError naming a dead one, or the
-    BasculeError that an actor raised.
+    BasculeError that an actor raised. The death of one actor makes its peers fail, often before Ray knows
+    of the death, so the others get a few seconds to say more after the first failure.
     """
     deadline = time.monotonic() + timeout_s
     pending = dict(zip(refs, owners, strict=True))
@@ -33,8 +36,27 @@ def get_all(refs: Sequence[Any], owners: Sequence[str], *, timeout_s: float, pha
         if not ready:
             late = ", ".join(pending.values())
             raise DeadlineExceededError(f"{phase}: no answer within {timeout_s:.0f} s from {late}")
-        results[ready[0]] = _result(ready[0], pending.pop(ready[0]), phase)
+        try:
+            results[ready[0]] = _result(ready[0], pending.pop(ready[0]), phase)
+        except BasculeError as error:
+            raise _cause(error, pending, phase) from error.__cause__
     return [results[ref] for ref in refs]
+
+
+def _cause(first: BasculeError, pending: dict[Any, str], phase: str) -> BasculeError:
+    """The error of an actor that died, if one did; else the first."""
+    end = time.monotonic() + _AFTER_FAILURE_S
+    while pending and not isinstance(first, ActorLostError):
+        ready, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, end - time.monotonic()))
+        if not ready:
+            break
+        try:
+            _result(ready[0], pending.pop(ready[0]), phase)
+        except ActorLostError as error:
+            return error
+        except BasculeError:
+            continue
+    return first
 
 
 def get(ref: Any, owner: str, *, timeout_s: float, phase: str) -> Any:
@@ -62,3 +84,5 @@ def _result(ref: Any, owner: str, phase: str) -> Any:
         raise BasculeError(f"{phase}: {owner} failed with {cause!r}\n{error}") from error
     except RayActorError as error:
         raise ActorLostError(f"{phase}: {owner} is gone: {error}") from error
+    except RayError as error:
+        raise BasculeError(f"{phase}: {owner}: {error}") from error

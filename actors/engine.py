@@ -3,9 +3,11 @@
 import logging
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,6 +56,12 @@ class Engine:
     async def start(self) -> float:
         """Load the model as weight version 0; returns the seconds it took. Raises EngineError."""
         began = time.monotonic()
+        # The only way by which vLLM's processes learn of our transport.
+        if not entry_points(group="vllm.general_plugins", name="bascule"):
+            raise EngineError(
+                f"{self._name}: this project is not installed in {sys.prefix}; its dependencies alone are not "
+                "enough: run `pip install --no-deps -e .` there"
+            )
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -28,13 +29,9 @@ class RunRecorder:
     """Recorder of a run directory. Lines are complete and on disk after every step. A context manager."""
 
     def __init__(self, directory: Path, max_steps: int, console: Console) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+        self._directory = directory
         self._max_steps = max_steps
         self._console = console
-        self._metrics = (directory / "metrics.jsonl").open("w")
-        self._rollouts = (directory / "rollouts.jsonl").open("w")
-        self._events = SummaryWriter(str(directory / "tensorboard"))
         self.rows: list[dict[str, float]] = []
         self.evaluations: list[dict[str, float]] = []
 
@@ -61,9 +58,7 @@ class RunRecorder:
         self._console.line(f"eval at step {step}: accuracy {metrics['eval/accuracy']:.3f}")
 
     def _write(self, row: Mapping[str, float]) -> None:
-        # NaN is not JSON; null is what a reader of the file expects for "no value".
-        clean = {name: None if math.isnan(value) else value for name, value in row.items()}
-        self._metrics.write(json.dumps(clean) + "\n")
+        self._metrics.write(json.dumps(finite_or_none(row)) + "\n")
         self._metrics.flush()
         for name, value in row.items():
             if name != "step":
@@ -100,6 +95,15 @@ class RunRecorder:
         return "  ".join([*parts, *times])
 
     def __enter__(self) -> Self:
+        """Open the files, replacing those of an earlier run. Not sooner: a start that fails must cost nothing."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        shutil.rmtree(self._directory / "tensorboard", ignore_errors=True)
+        for name in ("result.json", "curve.png"):
+            (self._directory / name).unlink(missing_ok=True)
+        self._metrics = (self._directory / "metrics.jsonl").open("w")
+        self._rollouts = (self._directory / "rollouts.jsonl").open("w")
+        self._events = SummaryWriter(str(self._directory / "tensorboard"))
         return self
 
     def __exit__(
@@ -111,6 +115,14 @@ class RunRecorder:
         self._metrics.close()
         self._rollouts.close()
         self._events.close()
+
+
+def finite_or_none(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with None for NaN and infinity, which JSON does not have."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
 
 
 def plot_curve(recorder: RunRecorder, path: Path) -> None:

@@ -17,6 +17,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.deadline import DeadlineExceededError, get, get_all
+from actors.env import end_with_parent
 from algorithms.data import Group, Scored, float_row
 from algorithms.rewards.loading import RewardSource, read_sources
 from algorithms.rewards.scoring import Call, RewardError, late, serve
@@ -29,6 +30,7 @@ MARGIN_S = 60.0
 # Not multiprocessing's spawn: that would import Ray's worker script, and so Ray, once more in the child.
 CHILD = (
     "import sys; from multiprocessing.connection import Connection; "
+    f"from {end_with_parent.__module__} import {end_with_parent.__name__}; {end_with_parent.__name__}(); "
     f"from {serve.__module__} import {serve.__name__}; {serve.__name__}(Connection(int(sys.argv[1])))"
 )
 

@@ -1,7 +1,6 @@
 """A run from its config to its checkpoint: everything is checked before anything is started."""
 
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 
 from actors.cluster import Cluster, connect
 from actors.env import check_one_source, resolve_device
-from actors.metrics import Console, RunRecorder, plot_curve
+from actors.metrics import Console, RunRecorder, finite_or_none, plot_curve
 from actors.placement import Bundle, bundles_of, reserve
 from algorithms import grpo, sft
 from algorithms.data import Prompt, TrainSample
@@ -54,8 +53,6 @@ def prepare(config: RunConfig) -> Prepared:
     check_layout(spec, config.trainer)
     with CheckpointReader(model_dir) as reader:
         tensors = dict(reader.tensors)
-    reference = config.model.ref_model or config.model.model
-    uses_reference = config.algorithm == "grpo" and config.grpo.beta > 0
     is_grpo = config.algorithm == "grpo"
     tokenizer = _tokenizer(model_dir)
     rows = read_rows(config.data, "train", config.seed)
@@ -67,13 +64,16 @@ def prepare(config: RunConfig) -> Prepared:
         [] if is_grpo else make_sft_samples(rows, tokenizer, config.sft.max_length, config.data.system_prompt)
     )
     rewards = load_rewards(config.rewards) if is_grpo else ()
-    for reward in rewards:
-        for prompt in [*prompts[:1], *held_out[:1]]:
-            check_arguments(reward, prompt.columns)
+    for prompt in [*prompts, *held_out]:
+        _check_length(prompt, config, spec)
+    # Rows may have different columns; each kind of row is checked once.
+    for columns in {frozenset(prompt.columns) for prompt in [*prompts, *held_out]}:
+        for reward in rewards:
+            check_arguments(reward, columns)
     num_parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())
     return Prepared(
         model_dir=model_dir.resolve(),
-        ref_model_dir=resolve_model(reference).resolve() if uses_reference else None,
+        ref_model_dir=_reference(config, spec) if is_grpo else None,
         spec=spec,
         tensors=tensors,
         device=device,
@@ -85,6 +85,33 @@ def prepare(config: RunConfig) -> Prepared:
     )
 
 
+def _reference(config: RunConfig, spec: MegatronSpec) -> Path | None:
+    """The directory of the reference, if the run has one; it must be able to score the policy's tokens."""
+    if config.grpo.beta == 0:
+        if config.model.ref_model:
+            raise ConfigError("model.ref_model: is not used while grpo.beta is 0; set beta or leave it out")
+        return None
+    directory = resolve_model(config.model.ref_model or config.model.model, option="model.ref_model")
+    _, ref_spec = spec_of(directory)
+    check_layout(ref_spec, config.trainer)
+    if ref_spec.vocab_size != spec.vocab_size:
+        raise ConfigError(
+            f"model.ref_model: {directory} has {ref_spec.vocab_size} tokens in its "
+            f"vocabulary, the model {spec.vocab_size}"
+        )
+    return directory.resolve()
+
+
+def _check_length(prompt: Prompt, config: RunConfig, spec: MegatronSpec) -> None:
+    limit = config.rollout.max_model_len or spec.max_sequence_length
+    longest = config.grpo.max_completion_length
+    if not 0 < prompt.tokens.size <= limit - longest:
+        raise ConfigError(
+            f"data: prompt {prompt.id} has {prompt.tokens.size} tokens; with grpo.max_completion_length {longest} "
+            f"it must have 1 to {limit - longest}, since rollout.max_model_len is {limit}"
+        )
+
+
 def run(config: RunConfig, console: Console) -> dict[str, Any]:
     """Train as the config says; returns what `result.json` holds.
 
@@ -94,10 +121,8 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     prepared = prepare(config)
     directory = _make_directory(config)
     console.line(f"run directory: {directory}")
-    with (
-        RunRecorder(directory, config.max_steps, console) as recorder,
-        connect(config.cluster) as cluster,
-    ):
+    recorder = RunRecorder(directory, config.max_steps, console)
+    with connect(config.cluster) as cluster:
         train = _run_grpo if config.algorithm == "grpo" else _run_sft
         try:
             train(config, prepared, cluster, recorder, directory, console)
@@ -114,7 +139,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     if recorder.evaluations:
         first, last = recorder.evaluations[0], recorder.evaluations[-1]
         accuracy = {"accuracy_before": first["eval/accuracy"], "accuracy_after": last["eval/accuracy"]}
-        result = accuracy | result
+        result = finite_or_none(accuracy | result)
     (directory / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
 
@@ -149,8 +174,10 @@ def _run_grpo(
     console.line(f"trainers, engines and bridge are up after {time.monotonic() - start:.1f}s")
     roles = Roles(trainer=trainers, sampler=engines, judge=judge, weights=weights, recorder=recorder)
     prompts = PromptStream(prepared.prompts, seed=config.seed, shuffle=config.data.shuffle)
-    grpo.train(config, roles, prompts, prepared.held_out)
+    with recorder:
+        grpo.train(config, roles, prompts, prepared.held_out)
     trainers.save()
+    judge.close()
 
 
 def _run_sft(
@@ -171,21 +198,18 @@ def _run_sft(
     trainers.follow(plan_of(trainers, prepared.tensors, _dtype(config)), directory / "checkpoint", ())
     console.line(f"trainers are up after {time.monotonic() - start:.1f}s")
     samples = PromptStream(prepared.samples, seed=config.seed, shuffle=config.data.shuffle)
-    sft.train(config, trainers, samples, recorder)
+    with recorder:
+        sft.train(config, trainers, samples, recorder)
     trainers.save()
 
 
 def _make_directory(config: RunConfig) -> Path:
     """The run directory, with the resolved config in it. Raises ConfigError when it holds a run already."""
     directory = config.output_dir.resolve()
-    if (directory / "metrics.jsonl").exists():
-        if not config.exist_ok:
-            raise ConfigError(
-                f"output_dir: {directory} holds a run already; choose another, or set exist_ok to replace it"
-            )
-        shutil.rmtree(directory / "tensorboard", ignore_errors=True)
-        for name in ("result.json", "curve.png"):
-            (directory / name).unlink(missing_ok=True)
+    if (directory / "metrics.jsonl").exists() and not config.exist_ok:
+        raise ConfigError(
+            f"output_dir: {directory} holds a run already; choose another, or set exist_ok to replace it"
+        )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.yaml").write_text(dump_config(config))
@@ -199,8 +223,9 @@ def _tokenizer(model_dir: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise BasculeError(f"{model_dir}: no tokenizer can be loaded: {error}") from error
+    # The files are foreign, and so is what reads them: a broken one may raise anything.
+    except Exception as error:
+        raise ConfigError(f"{model_dir}: no tokenizer can be loaded: {error!r}") from error
 
 
 def _dtype(config: RunConfig) -> torch.dtype:

@@ -25,6 +25,6 @@ def group_advantages(rewards_K: FloatRow, scale: Literal["group", "none"]) -> Fl
 
 
 def has_signal(rewards_K: FloatRow) -> bool:
-    """Whether the rewards differ at all; a group in which they do not has zero gradient."""
+    """Whether the rewards differ at all; without that the policy term is zero (a KL term is not)."""
     known = rewards_K[~np.isnan(rewards_K)]
     return known.size >= 2 and bool(np.any(known != known[0]))

@@ -1,6 +1,7 @@
 """GRPO: prompts -> rollouts -> rewards -> advantages -> train step -> weight sync."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -28,7 +29,7 @@ def train(config: RunConfig, roles: Roles, prompts: PromptStream[Prompt], held_o
         synced: Mapping[str, float] = {}
         with clock("generate"):
             requests = _requests(config, prompts.take(config.grpo.prompts_per_step), step)
-            scored = list(roles.judge.score(roles.sampler.generate(requests)))
+            scored = [without_aborted(each) for each in roles.judge.score(roles.sampler.generate(requests))]
         # Groups finish in any order; the batch, and so the run, must not depend on it.
         scored.sort(key=lambda each: (each.group.prompt.id, each.group.rollouts[0].tokens.tobytes()))
         roles.recorder.rollouts(step, scored)
@@ -50,8 +51,14 @@ def train(config: RunConfig, roles: Roles, prompts: PromptStream[Prompt], held_o
             roles.recorder.evaluation(step, *evaluate(roles.sampler, roles.judge, held_out, config.grpo))
 
 
+def without_aborted(scored: Scored) -> Scored:
+    """The group without the rewards of aborted completions: what came of them is not their own doing."""
+    aborted = [rollout.finish == "abort" for rollout in scored.group.rollouts]
+    return replace(scored, rewards=float_row(np.where(aborted, np.nan, scored.rewards)))
+
+
 def to_samples(scored: Scored, config: RunConfig) -> list[TrainSample]:
-    """Completions of a group as sequences to train on: those that have a reward and were not aborted."""
+    """Completions of a group as sequences to train on: those that have a reward."""
     advantages_K = group_advantages(scored.rewards, config.grpo.scale_rewards)
     prompt = scored.group.prompt.tokens
     before = np.zeros(prompt.size, np.float32)
@@ -66,7 +73,7 @@ def to_samples(scored: Scored, config: RunConfig) -> list[TrainSample]:
         for rollout, advantage, reward in zip(
             scored.group.rollouts, advantages_K, scored.rewards, strict=True
         )
-        if rollout.finish != "abort" and not np.isnan(reward)
+        if not np.isnan(reward)
     ]
 
 

@@ -27,19 +27,22 @@ class CheckpointError(BasculeError):
     """A checkpoint cannot be read or written. Names the file and the tensor."""
 
 
-def resolve_model(model: str) -> Path:
-    """The directory of a model: itself, or the hub's snapshot where the hub can be reached."""
+def resolve_model(model: str, option: str = "model.model") -> Path:
+    """The directory of a model: itself, or the hub's snapshot where the hub can be reached.
+
+    Raises ConfigError naming the `option` that the model came from.
+    """
     path = Path(model)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"model.model: {path} has no config.json")
+            raise ConfigError(f"{option}: {path} has no config.json")
         return path
     if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
-        raise ConfigError(f"model.model: no directory {model}")
-    return _from_hub(model)
+        raise ConfigError(f"{option}: no directory {model}")
+    return _from_hub(model, option)
 
 
-def _from_hub(model: str) -> Path:
+def _from_hub(model: str, option: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -47,7 +50,7 @@ def _from_hub(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
-            f"model.model: {model} is not a directory, and the hub does not give it: {error}"
+            f"{option}: {model} is not a directory, and the hub does not give it: {error}"
         ) from error
 
 

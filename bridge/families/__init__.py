@@ -32,8 +32,14 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: not a JSON object")
     family_of(raw)
-    return AutoConfig.from_pretrained(directory).to_dict()
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True).to_dict()
+    # transformers checks each field with code of its own; any of it may raise anything.
+    except Exception as error:
+        raise ConfigError(f"{path}: transformers does not accept it: {error!r}") from error
 
 
 def spec_of(directory: Path) -> tuple[Family, MegatronSpec]:
@@ -44,3 +50,5 @@ def spec_of(directory: Path) -> tuple[Family, MegatronSpec]:
         return family, family.megatron(config)
     except KeyError as error:
         raise ConfigError(f"{directory / 'config.json'}: {error} is missing") from error
+    except (TypeError, ZeroDivisionError) as error:
+        raise ConfigError(f"{directory / 'config.json'}: sizes that make no model: {error}") from error
