@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,11 @@ import yaml
 from tests.actors.engine_helpers import make_model, prompt, save_tokenizer
 
 ROOT = Path(__file__).parents[2]
+# As `python -m actors.cli`, but a shell that starts the tests in the background has SIGINT ignored.
+_PROGRAM = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from actors.cli import main; sys.exit(main())"
+)
 _MARK = "BASCULE_TEST_RUN"
 
 
@@ -109,7 +115,7 @@ class Running:
         for _ in range(100):
             if not left:
                 break
-            _pause()
+            time.sleep(0.1)
             left = _marked(self.mark)
         return Finished(code=self.process.returncode, out=out, err=err, left=left)
 
@@ -119,7 +125,7 @@ def start(*arguments: str) -> Running:
     mark = uuid.uuid4().hex
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "actors.cli", *arguments],
+        [sys.executable, "-c", _PROGRAM, *arguments],
         cwd=ROOT,
         env=environment | {_MARK: mark},
         stdout=subprocess.PIPE,
@@ -148,9 +154,3 @@ def _marked(mark: str) -> list[str]:
         except OSError:  # it ended while we looked
             continue
     return found
-
-
-def _pause() -> None:
-    import time
-
-    time.sleep(0.1)

@@ -1,6 +1,7 @@
 """`ray job submit` to a real head on this machine: the submitted folder's code runs, with the same outcome."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,12 +13,14 @@ from pathlib import Path
 import pytest
 
 from bridge.transport.gloo import free_port
-from tests.actors.run_helpers import ROOT, make_workspace, rows
+from tests.actors.run_helpers import ROOT, rows
 
 pytestmark = pytest.mark.e2e
 
 # Both ends must agree; without a word a head wants a token that a client may not find.
 AUTH = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}
+README = (ROOT / "README.md").read_text()
+OUTPUT = "/shared/runs/tiny"
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -63,17 +66,40 @@ def dashboard() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_a_submitted_job_trains_and_saves(dashboard: str, tmp_path: Path) -> None:
+def make_clone(folder: Path) -> Path:
+    """The tracked part of the repository, with the tiny model where `make demo` leaves it after its warm-up."""
+    from actors.tiny_model import build_tiny_model, write_arithmetic
+
+    for name in ("actors", "algorithms", "bridge", "configs", ".gitignore", ".rayignore"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    build_tiny_model(folder / "runs/tiny/sft/checkpoint", seed=42)
+    write_arithmetic(folder / "runs/tiny/data", seed=42)
+    return folder
+
+
+def test_the_command_of_the_readme_trains_and_saves(dashboard: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    workspace = make_workspace(tmp_path)
+    clone, output = make_clone(tmp_path / "clone"), tmp_path / "output"
+    command = next(line for line in README.splitlines() if line.startswith("RAY_RUNTIME_ENV"))
+    settings, words = command.split(" ray ", 1)
+    name, _, value = settings.partition("=")
     submitted = subprocess.run(
         [
-            *(RAY, "job", "submit", "--address", dashboard, "--working-dir", ".", "--"),
-            *(sys.executable, "-m", "actors.cli", "grpo", "--config", str(workspace / "grpo.yaml")),
+            *(
+                RAY,
+                *shlex.split(
+                    words.replace("-- python ", f"-- {sys.executable} ").replace(OUTPUT, str(output))
+                ),
+            ),
+            *("--max_steps", "2", "--eval_size", "20", "--lr_warmup_iters", "0"),
         ],
-        cwd=ROOT,
-        env=os.environ | AUTH,
+        cwd=clone,
+        env=os.environ | AUTH | {name: value, "RAY_ADDRESS": dashboard},
         capture_output=True,
         text=True,
         timeout=400,
@@ -81,7 +107,7 @@ def test_a_submitted_job_trains_and_saves(dashboard: str, tmp_path: Path) -> Non
     )
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert "result: {" in submitted.stdout
-    steps = [row for row in rows(workspace / "grpo" / "metrics.jsonl") if "loss" in row]
-    assert [row["step"] for row in steps] == [1, 2, 3]
-    assert all(row["sampling/logprob_difference_mean"] < 1e-5 for row in steps)
-    AutoModelForCausalLM.from_pretrained(workspace / "grpo" / "checkpoint")
+    steps = [row for row in rows(output / "metrics.jsonl") if "reward" in row]
+    assert [row["step"] for row in steps] == [1, 2]
+    assert len(rows(output / "rollouts.jsonl")) == 2 * 128 * 4 + 2 * 20
+    AutoModelForCausalLM.from_pretrained(output / "checkpoint")
