@@ -124,6 +124,7 @@ class WeightBridge:
             self._trainers.connect_bridge(host, trainer_port),
             self._engines.init_weights(host, engine_port, collective_s, buckets),
             phase="connection of trainers, bridge and engines",
+            timeout_s=start_s,
         )
 
     def sync(self, version: int) -> Mapping[str, float]:
@@ -138,10 +139,13 @@ class WeightBridge:
             self._trainers.send(),
             self._engines.receive(version),
             phase=f"sync of weight version {version}",
+            timeout_s=self._timeout_s,
         )
         self._engines.resume()
         return {**results[0], "sync/seconds": time.monotonic() - start}
 
-    def _wait(self, bridge: Any, trainers: Sequence[Any], engines: Sequence[Any], *, phase: str) -> list[Any]:
+    def _wait(
+        self, bridge: Any, trainers: Sequence[Any], engines: Sequence[Any], *, phase: str, timeout_s: float
+    ) -> list[Any]:
         owners = ["bridge", *self._trainers.names, *self._engines.names]
-        return deadline.get_all([bridge, *trainers, *engines], owners, timeout_s=self._timeout_s, phase=phase)
+        return deadline.get_all([bridge, *trainers, *engines], owners, timeout_s=timeout_s, phase=phase)

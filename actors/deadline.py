@@ -5,11 +5,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorPlacementGroupRemoved,
+    ActorUnschedulableError,
+    GetTimeoutError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
+from bridge.transport.gloo import TransportError
 from configs.errors import BasculeError
 
 _AFTER_FAILURE_S = 5.0
+_GONE = (RayActorError, OutOfMemoryError, ActorUnschedulableError, NodeDiedError, ActorPlacementGroupRemoved)
 
 
 class DeadlineExceededError(BasculeError, TimeoutError):
@@ -44,19 +55,25 @@ def get_all(refs: Sequence[Any], owners: Sequence[str], *, timeout_s: float, pha
 
 
 def _cause(first: BasculeError, pending: dict[Any, str], phase: str) -> BasculeError:
-    """The error of an actor that died, if one did; else the first."""
+    """The error that says most: a death, then what a component says of itself, then a broken connection."""
+    errors = [first]
     end = time.monotonic() + _AFTER_FAILURE_S
-    while pending and not isinstance(first, ActorLostError):
+    while pending and not isinstance(errors[-1], ActorLostError):
         ready, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, end - time.monotonic()))
         if not ready:
             break
         try:
             _result(ready[0], pending.pop(ready[0]), phase)
-        except ActorLostError as error:
-            return error
-        except BasculeError:
-            continue
-    return first
+        except BasculeError as error:
+            errors.append(error)
+    return max(errors, key=_weight)
+
+
+def _weight(error: BasculeError) -> int:
+    if isinstance(error, ActorLostError):
+        return 2
+    # A bare BasculeError wraps foreign code, which here is mostly a collective whose peer is gone.
+    return 0 if isinstance(error, TransportError) or type(error) is BasculeError else 1
 
 
 def get(ref: Any, owner: str, *, timeout_s: float, phase: str) -> Any:
@@ -82,7 +99,7 @@ def _result(ref: Any, owner: str, phase: str) -> Any:
         if isinstance(cause, BasculeError):
             raise cause from None
         raise BasculeError(f"{phase}: {owner} failed with {cause!r}\n{error}") from error
-    except RayActorError as error:
+    except _GONE as error:
         raise ActorLostError(f"{phase}: {owner} is gone: {error}") from error
     except RayError as error:
         raise BasculeError(f"{phase}: {owner}: {error}") from error

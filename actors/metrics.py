@@ -98,7 +98,8 @@ class RunRecorder:
         """Open the files, replacing those of an earlier run. Not sooner: a start that fails must cost nothing."""
         from torch.utils.tensorboard import SummaryWriter
 
-        shutil.rmtree(self._directory / "tensorboard", ignore_errors=True)
+        for name in ("tensorboard", "checkpoint"):
+            shutil.rmtree(self._directory / name, ignore_errors=True)
         for name in ("result.json", "curve.png"):
             (self._directory / name).unlink(missing_ok=True)
         self._metrics = (self._directory / "metrics.jsonl").open("w")

@@ -104,6 +104,10 @@ def _reference(config: RunConfig, spec: MegatronSpec) -> Path | None:
 
 def _check_length(prompt: Prompt, config: RunConfig, spec: MegatronSpec) -> None:
     limit = config.rollout.max_model_len or spec.max_sequence_length
+    if limit > spec.max_sequence_length:
+        raise ConfigError(
+            f"rollout.max_model_len: {limit} exceeds the model's own {spec.max_sequence_length}"
+        )
     longest = config.grpo.max_completion_length
     if not 0 < prompt.tokens.size <= limit - longest:
         raise ConfigError(

@@ -176,6 +176,7 @@ class CheckpointWriter:
                 shutil.copyfile(path, self._partial / path.name)
         _set_dtype(self._partial / "config.json", next(iter(self._places.values()))[1].dtype)
         old = self._directory.with_name(self._directory.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
         if self._directory.exists():
             self._directory.rename(old)
         self._partial.rename(self._directory)

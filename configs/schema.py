@@ -45,7 +45,7 @@ class TrainerConfig(Section):
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the schedule after the warm-up."""
     lr_warmup_iters: int = Field(default=0, ge=0)
-    """Optimizer steps from zero to the peak learning rate."""
+    """Optimizer steps from zero to the peak learning rate; the rate of the first one is zero, as in Megatron."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay, on matrices only."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)

@@ -1,5 +1,8 @@
 """Reward functions in real Ray workers: values by hand, and functions that raise, hang, exit or do not load."""
 
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -176,3 +179,34 @@ def test_a_function_that_ends_its_process_is_named() -> None:
     ):
         worker.score(group("p", "a"))
     worker.close()
+
+
+HOLDER = """
+import sys
+from actors.reward_worker import RewardProcess
+from algorithms.rewards.loading import read_sources
+from configs.schema import RewardConfig
+process = RewardProcess(read_sources([RewardConfig(function="f.py:backtracks")]), start_timeout_s=60)
+process.start()
+sys.stdout.write(str(process._process.pid) + chr(10))
+sys.stdout.flush()
+from tests.actors.test_reward_worker import group
+process.score(group("p", "a" * 60))
+"""
+
+
+def test_a_child_in_a_call_dies_with_its_killed_worker() -> None:
+    """The call holds the interpreter, so nothing in the child can notice: the kernel has to end it."""
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", HOLDER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
+        assert holder.stdout is not None
+        child = Path("/proc", holder.stdout.readline().strip())
+        time.sleep(2)
+        assert child.exists()
+        holder.kill()
+    deadline = time.monotonic() + 10
+    while child.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not child.exists()
