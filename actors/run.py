@@ -123,7 +123,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     """
     started = time.monotonic()
     prepared = prepare(config)
-    directory = _make_directory(config)
+    directory = _make_directory(config, prepared)
     console.line(f"run directory: {directory}")
     recorder = RunRecorder(directory, config.max_steps, console)
     with connect(config.cluster) as cluster:
@@ -207,9 +207,13 @@ def _run_sft(
     trainers.save()
 
 
-def _make_directory(config: RunConfig) -> Path:
+def _make_directory(config: RunConfig, prepared: Prepared) -> Path:
     """The run directory, with the resolved config in it. Raises ConfigError when it holds a run already."""
     directory = config.output_dir.resolve()
+    if directory / "checkpoint" in (prepared.model_dir, prepared.ref_model_dir):
+        raise ConfigError(
+            f"output_dir: {directory} would replace the checkpoint that the run starts from; choose another"
+        )
     if (directory / "metrics.jsonl").exists() and not config.exist_ok:
         raise ConfigError(
             f"output_dir: {directory} holds a run already; choose another, or set exist_ok to replace it"

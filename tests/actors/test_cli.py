@@ -1,6 +1,7 @@
 """The command before anything starts: help, plan, and every kind of wrong input."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,4 +119,7 @@ def test_a_directory_with_a_run_is_not_overwritten_unasked(
     arguments = ["grpo", "--config", str(workspace / "grpo.yaml"), "--output_dir", str(tmp_path)]
     assert main(arguments) == 2
     assert "holds a run already" in capsys.readouterr().err
+    shutil.copytree(workspace / "model", tmp_path / "checkpoint")
+    assert main([*arguments, "--exist_ok", "--model.model", str(tmp_path / "checkpoint")]) == 2
+    assert "would replace the checkpoint that the run starts from" in capsys.readouterr().err
     assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
