@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from actors.cluster import Cluster, connect
+from actors.cluster import connect
 from actors.env import check_one_source, resolve_device
 from actors.metrics import Console, RunRecorder, finite_or_none, plot_curve
-from actors.placement import Bundle, bundles_of, reserve
+from actors.placement import Bundle, Reservation, bundles_of, reserve
 from algorithms import grpo, sft
 from algorithms.data import Prompt, TrainSample
 from algorithms.datasets import make_prompts, make_sft_samples, read_rows
@@ -129,7 +129,10 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     with connect(config.cluster) as cluster:
         train = _run_grpo if config.algorithm == "grpo" else _run_sft
         try:
-            train(config, prepared, cluster, recorder, directory, console)
+            reservation = reserve(
+                prepared.bundles, timeout_s=config.cluster.placement_timeout_s, can_grow=not cluster.local
+            )
+            train(config, prepared, reservation, recorder, directory, console)
         except BasculeError:
             console.line(f"what the actors printed is in {cluster.logs}")
             raise
@@ -151,7 +154,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
 def _run_grpo(
     config: RunConfig,
     prepared: Prepared,
-    cluster: Cluster,
+    reservation: Reservation,
     recorder: RunRecorder,
     directory: Path,
     console: Console,
@@ -161,9 +164,6 @@ def _run_grpo(
     from actors.reward_worker import create_reward_group
     from actors.trainer import TrainerGroup, plan_of
 
-    reservation = reserve(
-        prepared.bundles, timeout_s=config.cluster.placement_timeout_s, can_grow=not cluster.local
-    )
     start = time.monotonic()
     engines = create_engines(
         config, str(prepared.model_dir), reservation.group, reservation.indices("engine")
@@ -187,16 +187,13 @@ def _run_grpo(
 def _run_sft(
     config: RunConfig,
     prepared: Prepared,
-    cluster: Cluster,
+    reservation: Reservation,
     recorder: RunRecorder,
     directory: Path,
     console: Console,
 ) -> None:
     from actors.trainer import TrainerGroup, plan_of
 
-    reservation = reserve(
-        prepared.bundles, timeout_s=config.cluster.placement_timeout_s, can_grow=not cluster.local
-    )
     start = time.monotonic()
     trainers = TrainerGroup(config, reservation, prepared.device, prepared.model_dir, None)
     trainers.follow(plan_of(trainers, prepared.tensors, _dtype(config)), directory / "checkpoint", ())
