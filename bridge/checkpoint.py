@@ -1,30 +1,32 @@
-"""Hugging Face checkpoints: safetensors in, by slice; safetensors out, every rank writing its own ranges."""
+"""Hugging Face checkpoints in: an index, safetensors files, and reads of any region of their tensors."""
 
-import json
-import math
 import os
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from bridge.layouts import Region, slices
+from bridge.layouts import Region, region_shape, relative, slices
 from bridge.plan import TensorInfo
-from configs.errors import BasculeError, ConfigError
+from bridge.quantized import Quantized, find_quantized, weight_block_size
+from bridge.safetensors_file import (
+    CHUNK_BYTES,
+    CheckpointError,
+    SafetensorsFile,
+    as_bytes,
+    boxes,
+    parse_json,
+)
+from configs.errors import ConfigError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", "index.json")
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 
-
-class CheckpointError(BasculeError):
-    """A checkpoint cannot be read or written. Names the file and the tensor."""
+_WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Dequantizing takes about ten times the memory of its result.
+_QUANTIZED_CHUNK = CHUNK_BYTES // 10
 
 
 def resolve_model(model: str, option: str = "model.model") -> Path:
@@ -55,64 +57,89 @@ def _from_hub(model: str, option: str) -> Path:
 
 
 class CheckpointReader:
-    """The tensors of a checkpoint directory; reads slices, opens each file once. Use as a context manager."""
+    """The tensors of a checkpoint directory, each file opened once. Use as a context manager.
+
+    With an index it reads the files that the index names, else `model.safetensors`. Quantized tensors are
+    presented as the BF16 tensors that they stand for, without their scales (see bridge.quantized).
+    """
 
     def __init__(self, directory: Path) -> None:
-        """Reads names, types and shapes from the headers. Raises CheckpointError naming the file."""
-        self._directory = directory
-        self._handles: dict[str, Any] = {}
-        self.tensors: dict[str, TensorInfo] = {}
-        self._files: dict[str, str] = {}
-        for file, names in self._contents().items():
-            handle = self._open(file)
-            for name in names if names is not None else handle.keys():
-                self._add(file, name, handle)
+        """Reads the index and the headers. Raises CheckpointError listing all that is wrong with them."""
+        self.bytes_read = 0
+        """Bytes asked of the system for tensors so far."""
+        self._files: dict[str, SafetensorsFile] = {}
+        try:
+            problems = self._open_files(directory)
+            self._file_of = {name: file for file, opened in self._files.items() for name in opened.tensors}
+            self._quantized, wrong = self._find_quantized(directory)
+            if problems or wrong:
+                lines = [f"{directory} cannot be read as a checkpoint:", *problems, *wrong]
+                raise CheckpointError("\n  ".join(lines))
+        except BaseException:
+            self.close()
+            raise
+        presented = {quantized.parts[0]: quantized.info for quantized in self._quantized.values()}
+        hidden = {quantized.parts[1] for quantized in self._quantized.values()}
+        infos = [presented.get(name, self._stored(name)) for name in self._file_of if name not in hidden]
+        self.tensors: Mapping[str, TensorInfo] = {
+            info.name: info for info in infos if info.dtype in _WEIGHT_DTYPES
+        }
+        """The weights, in the order of files and of data in them."""
+        self.others: Mapping[str, TensorInfo] = {
+            info.name: info for info in infos if info.dtype not in _WEIGHT_DTYPES
+        }
+        """Tensors of other types than floats of 16 bits and more; `read` gives them as they are."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors as they are stored."""
+        return sum(
+            stored.info.nbytes for opened in self._files.values() for stored in opened.tensors.values()
+        )
+
+    @property
+    def quantized(self) -> bool:
+        """Whether a tensor is presented in another type than it is stored in."""
+        return bool(self._quantized)
+
+    def position(self, name: str) -> tuple[str, int]:
+        """File of a tensor and where its data begins there; reads in this order go forward on the disk."""
+        stored_name = self._quantized[name].parts[0] if name in self._quantized else name
+        file = self._file_of[stored_name]
+        return file, self._files[file].tensors[stored_name].offset
 
     def read(self, name: str, region: Region) -> torch.Tensor:
-        """One region of a tensor, in the file's type."""
-        return self._handles[self._files[name]].get_slice(name)[slices(region)]
+        """One region of a tensor, in the type that `tensors` tells, on CPU."""
+        info = self.tensors[name] if name in self.tensors else self.others[name]
+        out = torch.empty(region_shape(region), dtype=info.dtype)
+        self.read_into(name, region, out)
+        return out
 
-    def _contents(self) -> dict[str, list[str] | None]:
-        index = self._directory / _INDEX
-        if not index.is_file():
-            return {_SINGLE: None}
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{index}: not an index of safetensors files: {error!r}") from error
-        files: dict[str, list[str] | None] = {}
-        for name, file in weight_map.items():
-            if Path(file).name != file:
-                raise CheckpointError(f"{index}: {name} is said to be in {file}, outside the directory")
-            names = files.setdefault(file, [])
-            if names is not None:
-                names.append(name)
-        return files
+    def read_into(self, name: str, region: Region, out: torch.Tensor) -> None:
+        """Fill `out`, of the region's shape and any type, strides and device.
 
-    def _open(self, file: str) -> Any:
-        path = self._directory / file
-        if not path.is_file():
-            raise CheckpointError(f"{path} does not exist; the directory needs {_SINGLE} or {_INDEX}")
-        try:
-            handle = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        self._handles[file] = handle
-        return handle
+        A contiguous CPU tensor of the stored type is filled by the system itself; any other by way of a buffer of
+        at most CHUNK_BYTES.
+        """
+        assert tuple(out.shape) == region_shape(region), (name, region, out.shape)
+        out = out.detach()
+        if name in self._quantized:
+            quantized = self._quantized[name]
+            for box in quantized.boxes(region, _QUANTIZED_CHUNK // quantized.info.dtype.itemsize):
+                out[slices(relative(box, region))].copy_(quantized.dequantize(self._read_stored, box))
+            return
+        dtype = self._stored(name).dtype
+        if out.device.type == "cpu" and out.dtype == dtype and out.is_contiguous():
+            self._fill(name, region, out)
+            return
+        for box in boxes(region, CHUNK_BYTES // dtype.itemsize):
+            out[slices(relative(box, region))].copy_(self._read_stored(name, box))
 
-    def _add(self, file: str, name: str, handle: Any) -> None:
-        path = self._directory / file
-        try:
-            header = handle.get_slice(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        if header.get_dtype() not in DTYPES:
-            raise CheckpointError(
-                f"{path}: {name} has type {header.get_dtype()}; supported: {', '.join(DTYPES)}"
-            )
-        dtype = DTYPES[header.get_dtype()]
-        self.tensors[name] = TensorInfo(name=name, dtype=dtype, shape=tuple(header.get_shape()))
-        self._files[name] = file
+    def close(self) -> None:
+        """Close the files."""
+        for opened in self._files.values():
+            opened.close()
+        self._files = {}
 
     def __enter__(self) -> Self:
         return self
@@ -123,108 +150,88 @@ class CheckpointReader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._handles.clear()
+        self.close()
+
+    def _stored(self, name: str) -> TensorInfo:
+        return self._files[self._file_of[name]].tensors[name].info
+
+    def _read_stored(self, name: str, region: Region) -> torch.Tensor:
+        out = torch.empty(region_shape(region), dtype=self._stored(name).dtype)
+        self._fill(name, region, out)
+        return out
+
+    def _fill(self, name: str, region: Region, out: torch.Tensor) -> None:
+        self.bytes_read += self._files[self._file_of[name]].read(name, region, as_bytes(out))
+
+    def _open_files(self, directory: Path) -> list[str]:
+        """Opens what can be opened; returns what is wrong."""
+        index = directory / INDEX
+        # A broken symlink is an index all the same, and an error when it is read.
+        indexed = os.path.lexists(index)
+        listed, problems = _read_index(index) if indexed else ({_single(directory): set[str]()}, [])
+        for file in sorted(listed):
+            try:
+                self._files[file] = SafetensorsFile(directory / file)
+            except CheckpointError as error:
+                problems.append(str(error))
+        if indexed:
+            problems += _differences(index, listed, self._files)
+        return problems
+
+    def _find_quantized(self, directory: Path) -> tuple[dict[str, Quantized], list[str]]:
+        """Quantized tensors, and what is wrong with some."""
+        try:
+            block = weight_block_size(directory)
+        except CheckpointError as error:
+            return {}, [str(error)]
+        found, wrong = find_quantized({name: self._stored(name) for name in self._file_of}, block)
+        return found, [f"{directory / self._file_of[name]}: {problem}" for name, problem in wrong.items()]
 
 
-class CheckpointWriter:
-    """Writes a checkpoint from many ranks into `directory`.partial, which `finish` renames into place.
-
-    One rank calls `prepare`; then every rank calls `write` with its regions; then one calls `finish`. Needs a
-    file system that the ranks share; mapped writes from several hosts at once (NFS) are untested.
-    """
-
-    def __init__(self, directory: Path, tensors: Sequence[TensorInfo], max_shard_size: int = 5 << 30) -> None:
-        """All ranks must give the same `tensors` in the same order: it fixes every byte's place."""
-        self._directory = directory
-        self._partial = directory.with_name(directory.name + ".partial")
-        self._files = _split(tensors, max_shard_size)
-        self._headers = {file: _header(infos) for file, infos in self._files.items()}
-        self._places = {info.name: (file, info) for file, infos in self._files.items() for info in infos}
-
-    def prepare(self) -> None:
-        """Create the files at their final size, headers written."""
-        if self._partial.exists():
-            shutil.rmtree(self._partial)
-        self._partial.mkdir(parents=True)
-        for file, infos in self._files.items():
-            header, size = self._headers[file][0], sum(info.nbytes for info in infos)
-            with (self._partial / file).open("wb") as stream:
-                stream.write(header)
-                # Reserved now, so that a full disk is an error here and not a crash of a mapped write.
-                os.posix_fallocate(stream.fileno(), 0, len(header) + size)
-        if len(self._files) > 1:
-            self._write_index()
-
-    def write(self, regions: Iterable[tuple[str, Region, torch.Tensor]]) -> None:
-        """Put values (any device, cast to the tensor's type) into regions of tensors."""
-        maps: dict[str, torch.Tensor] = {}
-        for name, region, value in regions:
-            file, info = self._places[name]
-            if file not in maps:
-                path = self._partial / file
-                maps[file] = torch.from_file(
-                    str(path), shared=True, size=path.stat().st_size, dtype=torch.uint8
-                )
-            start = self._headers[file][1][name]
-            view = maps[file][start : start + info.nbytes].view(info.dtype).view(info.shape)
-            view[slices(region)].copy_(value)
-
-    def finish(self, source: Path) -> None:
-        """Add config, tokenizer and templates from `source`, then rename the whole into place."""
-        for path in sorted(source.iterdir()):
-            if path.is_file() and not path.name.endswith(_WEIGHT_FILES):
-                shutil.copyfile(path, self._partial / path.name)
-        _set_dtype(self._partial / "config.json", next(iter(self._places.values()))[1].dtype)
-        old = self._directory.with_name(self._directory.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if self._directory.exists():
-            self._directory.rename(old)
-        self._partial.rename(self._directory)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def _write_index(self) -> None:
-        total = sum(info.nbytes for _, info in self._places.values())
-        weight_map = {name: file for name, (file, _) in self._places.items()}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (self._partial / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
+def _single(directory: Path) -> str:
+    """The file of a checkpoint without an index."""
+    if not os.path.lexists(directory / SINGLE):
+        others = sorted(path.name for path in directory.glob("*.safetensors"))
+        have = f"{', '.join(others)} but" if others else "no safetensors files,"
+        raise CheckpointError(f"{directory} has {have} neither {SINGLE} nor {INDEX}; it needs one of the two")
+    return SINGLE
 
 
-def _split(tensors: Sequence[TensorInfo], max_shard_size: int) -> dict[str, list[TensorInfo]]:
-    groups: list[list[TensorInfo]] = [[]]
-    for tensor in tensors:
-        if groups[-1] and sum(info.nbytes for info in groups[-1]) + tensor.nbytes > max_shard_size:
-            groups.append([])
-        groups[-1].append(tensor)
-    if len(groups) == 1:
-        return {_SINGLE: groups[0]}
-    return {
-        f"model-{number:05d}-of-{len(groups):05d}.safetensors": group
-        for number, group in enumerate(groups, start=1)
-    }
+def _read_index(path: Path) -> tuple[dict[str, set[str]], list[str]]:
+    """Files and the names of the tensors in each, and what is wrong with the rest."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    weight_map = parse_json(path, text).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{path}: has no weight_map from tensors to files")
+    listed: dict[str, set[str]] = {}
+    problems: list[str] = []
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or "\0" in file:
+            problems.append(f"{path}: {name} is said to be in {file!r}, which is no file name")
+        elif file in ("", "..") or Path(file).name != file:
+            problems.append(f"{path}: {name} is said to be in {file!r}, outside the directory")
+        else:
+            listed.setdefault(file, set()).add(name)
+    return listed, problems
 
 
-def _header(tensors: Sequence[TensorInfo]) -> tuple[bytes, Mapping[str, int]]:
-    """The bytes before the data, and where in the file each tensor starts."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    # Larger types first keeps every tensor aligned to its own type.
-    for info in sorted(tensors, key=lambda info: -info.dtype.itemsize):
-        stop = offset + math.prod(info.shape) * info.dtype.itemsize
-        entries[info.name] = {
-            "dtype": _NAMES[info.dtype],
-            "shape": info.shape,
-            "data_offsets": (offset, stop),
-        }
-        offset = stop
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    starts = {info.name: len(header) + entries[info.name]["data_offsets"][0] for info in tensors}
-    return header, starts
-
-
-def _set_dtype(path: Path, dtype: torch.dtype) -> None:
-    config = json.loads(path.read_text())
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    path.write_text(json.dumps(config, indent=2) + "\n")
+def _differences(
+    index: Path, listed: Mapping[str, set[str]], files: Mapping[str, SafetensorsFile]
+) -> Sequence[str]:
+    """Where the index and the headers of the files disagree. A file that could not be opened is left out."""
+    problems: list[str] = []
+    home = {name: file for file, names in listed.items() for name in names}
+    for file, opened in files.items():
+        path = index.parent / file
+        missing = sorted(listed[file] - opened.tensors.keys())
+        if missing:
+            problems.append(f"{path}: does not have {', '.join(missing)}, which {index.name} places there")
+        for name in opened.tensors:
+            if name not in home:
+                problems.append(f"{path}: has {name}, which {index.name} does not list")
+            elif home[name] != file:
+                problems.append(f"{path}: has {name}, which {index.name} places in {home[name]}")
+    return problems

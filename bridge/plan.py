@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 
 import torch
 
-from bridge.layouts import Region, Shape, region_numel, region_of
+from bridge.layouts import Fold, Region, Shape, region_numel, region_of, region_shape, slices
 from bridge.rules import RuleError
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Types that weights are trained and written in, by the names that configs use."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,8 +36,26 @@ class Piece:
     rank: int
     parameter: str
     local_region: Region
+    fold: Fold | None = None
     copy: bool = False
     """A tied copy: it is loaded, but the original speaks for it afterwards."""
+
+    def get(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The piece's values in the shape of its HF region; a view of the parameter where that is possible."""
+        box = parameter.detach()[slices(self.local_region)]
+        if self.fold is not None:
+            box = box.view(self.fold.split).permute(self.fold.order)
+        return box.reshape(region_shape(self.region))
+
+    def put(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
+        """Write `value`, in the shape of the HF region, into the parameter."""
+        box = self.target(parameter)
+        box.copy_(value.reshape(box.shape))
+
+    def target(self, parameter: torch.Tensor) -> torch.Tensor:
+        """A view of the parameter whose elements, in row-major order, are those of the HF region."""
+        box = parameter.detach()[slices(self.local_region)]
+        return box if self.fold is None else box.view(self.fold.split).permute(self.fold.order)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,11 +97,15 @@ class Plan:
         return tuple(sorted({piece.rank for tensor in bucket.tensors for piece in self.pieces[tensor.name]}))
 
 
-def build_plan(tensors: Sequence[TensorInfo], claims: Iterable[Piece]) -> Plan:
+def build_plan(
+    tensors: Sequence[TensorInfo], claims: Iterable[Piece], copies: Mapping[str, str] | None = None
+) -> Plan:
     """Give every region to one of the ranks that hold it, evening out bytes over data-parallel replicas.
 
-    Raises RuleError naming tensors that the claims do not cover exactly once.
+    `copies` are tensors that repeat another one, by name; the owners of that one own them too. Raises
+    RuleError naming tensors that the claims do not cover exactly once.
     """
+    copies = copies or {}
     candidates: dict[str, dict[Region, list[Piece]]] = {tensor.name: {} for tensor in tensors}
     for claim in claims:
         if not claim.copy:
@@ -90,32 +114,45 @@ def build_plan(tensors: Sequence[TensorInfo], claims: Iterable[Piece]) -> Plan:
     pieces: dict[str, tuple[Piece, ...]] = {}
     for tensor in tensors:
         chosen: list[Piece] = []
-        for region, holders in sorted(candidates[tensor.name].items()):
+        for region, holders in sorted(candidates[copies.get(tensor.name, tensor.name)].items()):
             piece = min(holders, key=lambda holder: (load.get(holder.rank, 0), holder.rank))
             load[piece.rank] = load.get(piece.rank, 0) + region_numel(region)
-            chosen.append(piece)
+            chosen.append(replace(piece, tensor=tensor.name) if tensor.name in copies else piece)
         pieces[tensor.name] = tuple(chosen)
-    holes = [tensor.name for tensor in tensors if not _covers(tensor.shape, pieces[tensor.name])]
+    holes = [
+        tensor.name
+        for tensor in tensors
+        if not covers(region_of(tensor.shape), [piece.region for piece in pieces[tensor.name]])
+    ]
     if holes:
         raise RuleError(f"no rank, or more than one, holds part of these tensors: {', '.join(holes)}")
     return Plan(tensors=tuple(tensors), pieces=pieces)
 
 
-def _covers(shape: Shape, pieces: Sequence[Piece]) -> bool:
-    """Whether the pieces, split along at most one dimension, cover the tensor without gap or overlap."""
-    whole = region_of(shape)
-    regions = sorted(piece.region for piece in pieces)
-    if regions == [whole]:
-        return True
-    split = {dim for region in regions for dim, side in enumerate(region) if side != whole[dim]}
-    if len(split) != 1:
-        return False
-    (dim,) = split
-    edges = [region[dim] for region in regions]
-    joints = pairwise(edges)
-    return (
-        edges[0][0] == 0 and edges[-1][1] == shape[dim] and all(left[1] == right[0] for left, right in joints)
-    )
+def covers(whole: Region, regions: Sequence[Region]) -> bool:
+    """Whether the regions fill `whole` without gap or overlap.
+
+    They must be a grid in some order of the dimensions, as the cuts of any parallel layout are.
+    """
+    if not whole:
+        return len(regions) == 1
+    for dim, (edge, end) in enumerate(whole):
+        parts: dict[tuple[int, int], list[Region]] = {}
+        for region in regions:
+            parts.setdefault(region[dim], []).append(_without(region, dim))
+        for start, stop in sorted(parts):
+            if start != edge:
+                break
+            edge = stop  # noqa: PLW2901
+        else:
+            rest = _without(whole, dim)
+            if edge == end and all(covers(rest, part) for part in parts.values()):
+                return True
+    return False
+
+
+def _without(region: Region, dim: int) -> Region:
+    return region[:dim] + region[dim + 1 :]
 
 
 def _aligned(offset: int) -> int:

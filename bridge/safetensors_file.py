@@ -1,0 +1,257 @@
+"""One safetensors file: a strict reading of its header, and reads straight into memory.
+
+The format: eight bytes (little-endian) that give the length of a JSON header, the header, then the data, where
+`data_offsets` count from the end of the header. The reader is our own because the library keeps its file
+mapped and copies slices, and accepts repeated names.
+"""
+
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bridge.layouts import Region, Shape, region_numel, region_shape
+from bridge.plan import TensorInfo
+from configs.errors import BasculeError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+CHUNK_BYTES = 16 << 20
+"""Most bytes that are held beside a tensor while it is read or written with a conversion."""
+
+_MAX_HEADER = 100_000_000  # the safetensors library's own limit
+_MAX_BYTES = 1 << 63
+
+
+class CheckpointError(BasculeError):
+    """A checkpoint cannot be read or written. Names the file and the tensor."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTensor:
+    """A tensor as it is in a file, and where in the file its data begins, in bytes."""
+
+    info: TensorInfo
+    offset: int
+
+
+class SafetensorsFile:
+    """An open file: `tensors` from its header, in the order of their data. The caller closes it."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError naming the file and listing all that is wrong with its header."""
+        self._path = path
+        self._descriptor = _open(path)
+        try:
+            self.tensors = self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, name: str, region: Region, out: memoryview) -> int:
+        """Fill `out` with the region's bytes, run by run; returns how many bytes were asked of the system."""
+        stored = self.tensors[name]
+        offsets, size = runs(region, stored.info.shape, stored.info.dtype.itemsize)
+        position = 0
+        for offset in offsets:
+            self._fill(out[position : position + size], stored.offset + offset)
+            position += size
+        return position
+
+    def close(self) -> None:
+        """Close the file; it cannot be read afterwards."""
+        os.close(self._descriptor)
+
+    def _fill(self, out: memoryview, offset: int) -> None:
+        while out:
+            try:
+                count = os.preadv(self._descriptor, [out], offset)
+            except OSError as error:
+                raise CheckpointError(f"{self._path}: {error.strerror} at byte {offset}") from error
+            if count == 0:
+                raise CheckpointError(
+                    f"{self._path}: ends at byte {offset}; it has shrunk since it was opened"
+                )
+            out, offset = out[count:], offset + count
+
+    def _read_header(self) -> Mapping[str, StoredTensor]:
+        size = os.fstat(self._descriptor).st_size
+        if size < 8:
+            raise CheckpointError(f"{self._path}: truncated: {size} bytes hold no safetensors header")
+        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+        if length > _MAX_HEADER:
+            raise CheckpointError(
+                f"{self._path}: not safetensors: a header of {length} bytes, more than {_MAX_HEADER}"
+            )
+        if 8 + length > size:
+            raise CheckpointError(f"{self._path}: truncated: a header of {length} bytes in a file of {size}")
+        text = bytearray(length)
+        self._fill(memoryview(text), 8)
+        return _tensors(self._path, parse_json(self._path, bytes(text)), 8 + length, size)
+
+
+def parse_json(path: Path, text: bytes) -> dict[str, Any]:
+    """A JSON object without repeated keys. Raises CheckpointError naming the file."""
+    try:
+        value = json.loads(text.decode(), object_pairs_hook=_unique, parse_int=_integer)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return value
+
+
+def runs(region: Region, shape: Shape, itemsize: int) -> tuple[Sequence[int], int]:
+    """Where a region's contiguous runs begin within its tensor, in row-major order, and their size: in bytes."""
+    assert len(region) == len(shape), (region, shape)
+    assert all(0 <= a <= b <= size for (a, b), size in zip(region, shape, strict=True)), (region, shape)
+    if region_numel(region) == 0:
+        return (), 0
+    strides = [math.prod(shape[dim + 1 :]) * itemsize for dim in range(len(shape))]
+    partial = [dim for dim, side in enumerate(region) if side != (0, shape[dim])]
+    inner = partial[-1] if partial else 0
+    size = math.prod(region_shape(region)[inner:]) * itemsize
+    first = sum(start * stride for (start, _), stride in zip(region[inner:], strides[inner:], strict=True))
+    leading = [
+        range(start * stride, stop * stride, stride)
+        for (start, stop), stride in zip(region[:inner], strides[:inner], strict=True)
+    ]
+    return [first + sum(starts) for starts in product(*leading)], size
+
+
+def boxes(region: Region, max_numel: int) -> Iterator[Region]:
+    """The region in row-major order as boxes of at most `max_numel` elements (which is positive)."""
+    numel = region_numel(region)
+    if numel <= max_numel:
+        yield region
+        return
+    dim = next(dim for dim, (start, stop) in enumerate(region) if stop - start > 1)
+    start, stop = region[dim]
+    step = max(1, max_numel * (stop - start) // numel)
+    for at in range(start, stop, step):
+        yield from boxes((*region[:dim], (at, min(at + step, stop)), *region[dim + 1 :]), max_numel)
+
+
+def as_bytes(t: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return t.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _open(path: Path) -> int:
+    try:
+        # A named pipe would block the open, so the kind of file is asked first.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path}: not a regular file")
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        what = f"a symlink to {path.readlink()}, which" if path.is_symlink() else "the file"
+        raise CheckpointError(f"{path}: {what} does not exist") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {key!r} is there twice")
+        for text in (key, value):
+            if isinstance(text, str):
+                text.encode()  # half a surrogate pair is no name; this raises a ValueError
+        found[key] = value
+    return found
+
+
+def _integer(text: str) -> int | float:
+    """JSON tells -0 from 0; the format wants non-negative integers, and a float is refused as no integer."""
+    return -0.0 if text == "-0" else int(text)
+
+
+def _tensors(path: Path, header: dict[str, Any], start: int, size: int) -> Mapping[str, StoredTensor]:
+    """The header's tensors by place, where `start` is the end of the header and `size` that of the file."""
+    problems: list[str] = []
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        problems.append("__metadata__ does not map strings to strings")
+    found: list[StoredTensor] = []
+    for name, entry in header.items():
+        problem = _problem(entry)
+        if problem:
+            problems.append(f"{name}: {problem}")
+        else:
+            info = TensorInfo(name=name, dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"]))
+            found.append(StoredTensor(info=info, offset=start + entry["data_offsets"][0]))
+    found.sort(key=lambda stored: (stored.offset, stored.info.nbytes))
+    if not problems:
+        problems = _gaps(found, start, size)
+    if problems:
+        raise CheckpointError("\n  ".join(f"{path}: {problem}" for problem in problems))
+    return {stored.info.name: stored for stored in found}
+
+
+def _problem(entry: Any) -> str | None:
+    """What is wrong with a tensor's entry in the header, by itself."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        return "its entry is not an object of dtype, shape and data_offsets"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        return f"has type {dtype}; known: {', '.join(DTYPES)}"
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        return f"has shape {shape} and data_offsets {offsets}; both are non-negative integers, the latter two"
+    itemsize = DTYPES[dtype].itemsize
+    # Strides are computed even where a dimension of size zero leaves no elements.
+    if math.prod(max(side, 1) for side in shape) * itemsize >= _MAX_BYTES:
+        return f"has shape {shape}, which no memory holds"
+    nbytes = math.prod(shape) * itemsize
+    if offsets[1] - offsets[0] != nbytes:
+        return f"has data_offsets {offsets}, but {dtype} of shape {shape} takes {nbytes} bytes"
+    return None
+
+
+def _are_sizes(value: Any) -> bool:
+    # A bool is an int to isinstance, and no size.
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+
+def _gaps(found: Sequence[StoredTensor], start: int, size: int) -> list[str]:
+    """Where the tensors, by place, overlap or leave bytes out between the header and the file's end."""
+    problems: list[str] = []
+    expected, before = start, "the header"
+    for stored in found:
+        name = stored.info.name
+        if stored.offset < expected:
+            problems.append(f"{name}: its data overlaps with {before}'s by {expected - stored.offset} bytes")
+        if stored.offset > expected:
+            problems.append(f"{name}: {stored.offset - expected} bytes before its data belong to no tensor")
+        stop = stored.offset + stored.info.nbytes
+        if stop > expected:
+            expected, before = stop, name
+    if expected > size:
+        problems.append(f"truncated: {before} ends at byte {expected}, the file has {size}")
+    elif expected < size:
+        problems.append(f"{size - expected} bytes after {before} belong to no tensor")
+    return problems
