@@ -1,13 +1,11 @@
 """A model family is a table of rules and the translation of its config; the tables are made of this."""
 
-import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from bridge.layouts import Layout
-from configs.errors import BasculeError, ConfigError
-from configs.schema import TrainerConfig
+from configs.errors import BasculeError
 
 
 class RuleError(BasculeError):
@@ -16,27 +14,59 @@ class RuleError(BasculeError):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A Megatron parameter, the HF tensors it is made of, and how. `{L}` is the global layer number."""
+    """A Megatron parameter, the HF tensors it is made of, and how.
+
+    Placeholders stand for numbers: `{L}` the global layer, `{E}` the global expert, `{M}` the
+    multi-token-prediction layer, and in HF names also `{N}`, the number of decoder layers plus `{M}`.
+    Several rules for one parameter are alternatives, for checkpoints that name or pack the same weights
+    differently; the first whose HF tensors are all there is used, and the first one where there is none yet.
+    A rule whose parameter a model does not have is simply not used.
+    """
 
     mcore: str
     hf: tuple[str, ...]
     layout: Layout
 
 
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """An HF tensor that repeats another: not read on load (but compared), and written again on save."""
+
+    hf: str
+    original: str
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A rule that fits a parameter: its HF names filled in, and the global expert number if it has one."""
+
+    rule: Rule
+    hf_names: tuple[str, ...]
+    expert: int | None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MegatronSpec:
     """What Megatron needs to know to build the model.
 
-    `transformer` are keyword arguments of TransformerConfig; the rest goes to GPTModel.
-    `rope_scaling_factor` is the factor of Llama 3's scaling, None without it.
+    `transformer` are keyword arguments of TransformerConfig (of MLATransformerConfig where
+    `multi_latent_attention` is among them), with `activation` ("silu" or "quick_gelu") for the function; the
+    rest goes to GPTModel. `rope_scaling_factor` is the factor of Llama 3's scaling, None without it. `yarn`
+    are the yarn_* values of a model whose attention is not MLA, None without YaRN (MLA has its own, in
+    `transformer`). `post_norms`: norms also after attention and MLP (GLM-4). `mtp_layers`: the checkpoint's
+    multi-token-prediction layers.
     """
 
     transformer: Mapping[str, Any]
     vocab_size: int
     max_sequence_length: int
     rotary_base: float
-    rope_scaling_factor: float | None
     tie_word_embeddings: bool
+    rope_scaling_factor: float | None = None
+    rotary_percent: float = 1.0
+    yarn: Mapping[str, Any] | None = None
+    post_norms: bool = False
+    mtp_layers: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -53,6 +83,11 @@ class MegatronSpec:
         """Size of one attention head."""
         return self.transformer["kv_channels"]
 
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of a layer; 0 in a dense model."""
+        return self.transformer.get("num_moe_experts") or 0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
@@ -61,39 +96,96 @@ class Family:
     model_types: tuple[str, ...]
     rules: tuple[Rule, ...]
     megatron: Callable[[Mapping[str, Any]], MegatronSpec]
+    copies: tuple[Copy, ...] = ()
+    """Besides `lm_head.weight` of a tied model, which is one everywhere."""
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
-    """Endings of HF names that hold nothing to train."""
+    """Endings of HF names that hold nothing to train; a save carries them over from the source."""
 
-    def rule_for(self, mcore_name: str) -> tuple[Rule, tuple[str, ...]] | None:
-        """The rule of a parameter with its global name, and the HF names with the layer filled in."""
+    _by_shape: dict[str, list[Rule]] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Sort the rules by name without numbers: there are many parameters to look up."""
         for rule in self.rules:
-            pattern = re.escape(rule.mcore).replace(r"\{L\}", r"(?P<L>\d+)")
-            match = re.fullmatch(pattern, mcore_name)
-            if match:
-                layer = match.groupdict().get("L", "")
-                return rule, tuple(name.replace("{L}", layer) for name in rule.hf)
-        return None
+            shape = ".".join("#" if part in _NUMBERS else part for part in rule.mcore.split("."))
+            self._by_shape.setdefault(shape, []).append(rule)
 
-    def to_read(self, spec: MegatronSpec, hf_names: Iterable[str]) -> list[str]:
-        """HF names that must be read: no buffers, and not a tied model's copy of its embedding."""
-        names = [name for name in hf_names if not name.endswith(self.ignored)]
-        return [name for name in names if not (spec.tie_word_embeddings and name == "lm_head.weight")]
+    def matches(self, mcore_name: str, num_layers: int) -> list[Match]:
+        """The alternatives for a parameter with its global name; none when no rule fits."""
+        shape, numbers = _without_numbers(mcore_name)
+        found: list[Match] = []
+        for rule in self._by_shape.get(shape, ()):
+            values = dict(zip(_placeholders(rule.mcore), numbers, strict=True))
+            if "{M}" in values:
+                values["{N}"] = values["{M}"] + num_layers
+            names = tuple(_fill(name, values) for name in rule.hf)
+            found.append(Match(rule=rule, hf_names=names, expert=values.get("{E}")))
+        return found
+
+    def copies_in(self, spec: MegatronSpec, hf_names: Iterable[str]) -> dict[str, str]:
+        """Names among `hf_names` that repeat another tensor, and the name of that one."""
+        present = set(hf_names)
+        possible = {_HEAD: _EMBEDDING} if spec.tie_word_embeddings else {}
+        possible |= self._mtp_copies(spec)
+        return {
+            name: _EMBEDDING if original not in present or original in possible else original
+            for name, original in possible.items()
+            if name in present
+        }
+
+    def implied_copies(self, spec: MegatronSpec, hf_names: Iterable[str]) -> dict[str, str]:
+        """The copies that a checkpoint with `hf_names` should have besides, where it has MTP layers."""
+        present = set(hf_names)
+        return {
+            name: original if original in present else _EMBEDDING
+            for name, original in self._mtp_copies(spec).items()
+            if any(other.startswith(f"model.layers.{spec.num_layers}.") for other in present)
+        }
+
+    def _mtp_copies(self, spec: MegatronSpec) -> dict[str, str]:
+        return {
+            _fill(copy.hf, {"{N}": spec.num_layers + layer}): copy.original
+            for copy in self.copies
+            for layer in range(spec.mtp_layers)
+        }
+
+    def is_extra_layer(self, spec: MegatronSpec, hf_name: str) -> bool:
+        """Whether the tensor is of a multi-token-prediction layer, which a model may be built without."""
+        numbers = _without_numbers(hf_name)[1]
+        return spec.mtp_layers > 0 and bool(numbers) and numbers[0] >= spec.num_layers
+
+    def stays_float32(self, hf_name: str) -> bool:
+        """Whether Megatron keeps the tensor in float32 whatever the model's type: expert biases of routers."""
+        shape = _without_numbers(hf_name)[0]
+        return any(
+            shape == _without_numbers(_fill(name, dict.fromkeys((*_NUMBERS, "{N}"), 0)))[0]
+            for rule in self.rules
+            if rule.mcore.endswith("router.expert_bias")
+            for name in rule.hf
+        )
+
+    def is_ignored(self, hf_name: str) -> bool:
+        """Whether the tensor holds nothing to train."""
+        return hf_name.endswith(self.ignored)
 
 
-def check_layout(spec: MegatronSpec, trainer: TrainerConfig) -> None:
-    """Raises ConfigError when the parallel layout does not divide the model, listing all that is wrong."""
-    tp, pp = trainer.tensor_model_parallel_size, trainer.pipeline_model_parallel_size
-    shape = spec.transformer
-    parts = (
-        ("attention heads", shape["num_attention_heads"], "tensor_model_parallel_size", tp),
-        ("query groups (key-value heads)", spec.num_query_groups, "tensor_model_parallel_size", tp),
-        ("feed-forward size", shape["ffn_hidden_size"], "tensor_model_parallel_size", tp),
-        ("layers", spec.num_layers, "pipeline_model_parallel_size", pp),
-    )
-    wrong = [
-        f"trainer.{option} {size} does not divide the model's {count} {what}"
-        for what, count, option, size in parts
-        if count % size
-    ]
-    if wrong:
-        raise ConfigError("; ".join(wrong))
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+
+
+_NUMBERS = ("{L}", "{E}", "{M}")
+
+
+def _placeholders(pattern: str) -> list[str]:
+    return [part for part in pattern.split(".") if part in _NUMBERS]
+
+
+def _without_numbers(name: str) -> tuple[str, list[int]]:
+    parts = name.split(".")
+    numbers = [int(part) for part in parts if part.isdigit()]
+    return ".".join("#" if part.isdigit() else part for part in parts), numbers
+
+
+def _fill(name: str, values: Mapping[str, int]) -> str:
+    for placeholder, number in values.items():
+        name = name.replace(placeholder, str(number))
+    return name

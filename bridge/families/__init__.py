@@ -5,12 +5,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bridge.families.llama import LLAMA
+from bridge.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from bridge.families.glm import GLM4, GLM4_MOE
+from bridge.families.gpt_oss import GPT_OSS
+from bridge.families.llama import LLAMA, MISTRAL
+from bridge.families.mixtral import MIXTRAL
 from bridge.families.qwen import QWEN2, QWEN3
+from bridge.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from bridge.families.seed_oss import SEED_OSS
 from bridge.rules import Family, MegatronSpec
 from configs.errors import ConfigError
 
-FAMILIES = (LLAMA, QWEN2, QWEN3)
+FAMILIES = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    GLM4,
+    SEED_OSS,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    GLM4_MOE,
+    GPT_OSS,
+)
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:

@@ -1,64 +1,85 @@
-"""What the dense decoders have in common: the rules of Llama's block, and the translation of its config."""
+"""What the decoders have in common: the rules of Llama's block, and the translation of its config."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from bridge.layouts import QKV, GateUp, Replicated, Row, Vocabulary
+from bridge.families.rope import rope_fields
+from bridge.layouts import QKV, GateUp, Layout, Replicated, Row, Vocabulary
 from bridge.rules import MegatronSpec, Rule
 from configs.errors import ConfigError
 
-_MCORE = "decoder.layers.{L}."
-_HF = "model.layers.{L}."
 
-DENSE_RULES = (
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Where a layer's parameters live on both sides; it makes rules whose names lack these prefixes."""
+
+    mcore: str
+    hf: str
+
+    def rule(self, mcore: str, layout: Layout, *hf: str) -> Rule:
+        """The rule for one parameter of the layer."""
+        return Rule(self.mcore + mcore, tuple(self.hf + name for name in hf), layout)
+
+    def linear(self, mcore: str, layout: Layout, *hf: str) -> tuple[Rule, Rule]:
+        """Weight and bias of a linear layer; a row-parallel one has its bias whole on every rank."""
+        bias = Replicated() if isinstance(layout, Row) else layout
+        return (
+            self.rule(f"{mcore}.weight", layout, *(f"{name}.weight" for name in hf)),
+            self.rule(f"{mcore}.bias", bias, *(f"{name}.bias" for name in hf)),
+        )
+
+
+DECODER = Block("decoder.layers.{L}.", "model.layers.{L}.")
+
+MODEL_RULES = (
     Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Vocabulary()),
-    # Without Transformer Engine the norms are modules of their own; with it they are part of the next linear.
-    Rule(_MCORE + "input_layernorm.weight", (_HF + "input_layernorm.weight",), Replicated()),
-    Rule(
-        _MCORE + "self_attention.linear_qkv.layer_norm_weight",
-        (_HF + "input_layernorm.weight",),
-        Replicated(),
-    ),
-    Rule(
-        _MCORE + "self_attention.linear_qkv.weight",
-        tuple(f"{_HF}self_attn.{name}_proj.weight" for name in "qkv"),
-        QKV(),
-    ),
-    Rule(
-        _MCORE + "self_attention.linear_qkv.bias",
-        tuple(f"{_HF}self_attn.{name}_proj.bias" for name in "qkv"),
-        QKV(),
-    ),
-    Rule(_MCORE + "self_attention.q_layernorm.weight", (_HF + "self_attn.q_norm.weight",), Replicated()),
-    Rule(_MCORE + "self_attention.k_layernorm.weight", (_HF + "self_attn.k_norm.weight",), Replicated()),
-    Rule(_MCORE + "self_attention.linear_proj.weight", (_HF + "self_attn.o_proj.weight",), Row()),
-    Rule(_MCORE + "self_attention.linear_proj.bias", (_HF + "self_attn.o_proj.bias",), Replicated()),
-    Rule(_MCORE + "pre_mlp_layernorm.weight", (_HF + "post_attention_layernorm.weight",), Replicated()),
-    Rule(
-        _MCORE + "mlp.linear_fc1.layer_norm_weight",
-        (_HF + "post_attention_layernorm.weight",),
-        Replicated(),
-    ),
-    Rule(
-        _MCORE + "mlp.linear_fc1.weight",
-        (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"),
-        GateUp(),
-    ),
-    Rule(_MCORE + "mlp.linear_fc1.bias", (_HF + "mlp.gate_proj.bias", _HF + "mlp.up_proj.bias"), GateUp()),
-    Rule(_MCORE + "mlp.linear_fc2.weight", (_HF + "mlp.down_proj.weight",), Row()),
-    Rule(_MCORE + "mlp.linear_fc2.bias", (_HF + "mlp.down_proj.bias",), Replicated()),
     Rule("decoder.final_layernorm.weight", ("model.norm.weight",), Replicated()),
     Rule("output_layer.weight", ("lm_head.weight",), Vocabulary()),
 )
-"""A rule whose parameter a model does not have is simply not used."""
+"""Everything outside the layers."""
 
 
-def dense_spec(hf: Mapping[str, Any], **transformer: Any) -> MegatronSpec:
-    """Translate the config of a dense decoder; `transformer` adds what the family has besides."""
+def norm_rules(block: Block) -> tuple[Rule, ...]:
+    """The two norms before attention and MLP."""
+    return (
+        block.rule("input_layernorm.weight", Replicated(), "input_layernorm.weight"),
+        block.rule("pre_mlp_layernorm.weight", Replicated(), "post_attention_layernorm.weight"),
+    )
+
+
+def attention_rules(block: Block) -> tuple[Rule, ...]:
+    """Attention with query groups, with biases and with norms on queries and keys."""
+    inputs = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    return (
+        *block.linear("self_attention.linear_qkv", QKV(), *inputs),
+        block.rule("self_attention.q_layernorm.weight", Replicated(), "self_attn.q_norm.weight"),
+        block.rule("self_attention.k_layernorm.weight", Replicated(), "self_attn.k_norm.weight"),
+        *block.linear("self_attention.linear_proj", Row(), "self_attn.o_proj"),
+    )
+
+
+def mlp_rules(block: Block) -> tuple[Rule, ...]:
+    """A gated MLP."""
+    return (
+        *block.linear("mlp.linear_fc1", GateUp(), "mlp.gate_proj", "mlp.up_proj"),
+        *block.linear("mlp.linear_fc2", Row(), "mlp.down_proj"),
+    )
+
+
+DENSE_RULES = (*MODEL_RULES, *norm_rules(DECODER), *attention_rules(DECODER), *mlp_rules(DECODER))
+
+
+def decoder_spec(
+    hf: Mapping[str, Any], *, rope: Mapping[str, Any] | None = None, **transformer: Any
+) -> MegatronSpec:
+    """Translate the config of a decoder like Llama; `transformer` adds what the family has besides.
+
+    `rope` are the fields of MegatronSpec for the rotary embedding, if not those for attention with query groups.
+    Raises ConfigError naming what Megatron cannot do as transformers does.
+    """
     refuse(hf, "hidden_act", ("silu",), "silu")
-    refuse(hf, "use_sliding_window", (False, None), False)
     heads = hf["num_attention_heads"]
-    base, scaling = _rope(hf)
     return MegatronSpec(
         transformer={
             "num_layers": hf["num_hidden_layers"],
@@ -78,9 +99,8 @@ def dense_spec(hf: Mapping[str, Any], **transformer: Any) -> MegatronSpec:
         },
         vocab_size=hf["vocab_size"],
         max_sequence_length=hf["max_position_embeddings"],
-        rotary_base=base,
-        rope_scaling_factor=scaling,
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
+        **(rope_fields(hf) if rope is None else rope),
     )
 
 
@@ -90,19 +110,3 @@ def refuse(hf: Mapping[str, Any], key: str, supported: tuple[Any, ...], default:
     if value not in supported:
         wanted = " or ".join(repr(choice) for choice in supported)
         raise ConfigError(f"config.json: {key} is {value!r}; supported here: {wanted}")
-
-
-def _rope(hf: Mapping[str, Any]) -> tuple[float, float | None]:
-    """Base of the rotary embedding and Llama 3's scaling factor, from either generation of config.json."""
-    rope = hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf.get("rope_theta")}
-    base = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return base, None
-    # Megatron's scaling has these three numbers built in.
-    fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    if kind == "llama3" and all(rope.get(key) == value for key, value in fixed.items()):
-        return base, float(rope["factor"])
-    raise ConfigError(
-        f"config.json: rotary embedding {rope} is not supported; default and llama3 ({fixed}) are"
-    )

@@ -1,119 +1,99 @@
-import json
-from pathlib import Path
-from typing import Any
+"""The language of the tables."""
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from bridge.families import FAMILIES, family_of, spec_of
-from bridge.megatron import check_all_read, claim_pieces
+from bridge.families import family_of
+from bridge.fit import check_layout
+from bridge.layouts import Replicated, Row
+from bridge.megatron import Place, claim_pieces
 from bridge.plan import TensorInfo
-from bridge.rules import RuleError, check_layout
+from bridge.rules import Copy, Family, MegatronSpec, Rule, RuleError
 from configs.errors import ConfigError
 from configs.schema import TrainerConfig
+from tests.bridge.family_models import CONFIGS
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 33,
-    "hidden_size": 24,
-    "intermediate_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-}
-CONFIGS = {
-    "llama": LlamaConfig(**SIZES),
-    "llama with biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
-    "llama tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "qwen2": Qwen2Config(**SIZES),
-    "qwen3": Qwen3Config(**SIZES, head_dim=8),
-}
+ALONE = Place(rank=0, tensor_rank=0, tensor_size=1, expert_tensor_rank=0, expert_tensor_size=1)
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_the_rules_name_every_tensor_of_transformers_model_and_no_other(config: PretrainedConfig) -> None:
-    family = family_of(config.to_dict())
-    spec = family.megatron(config.to_dict())
-    with torch.device("meta"):
-        names = set(AutoModelForCausalLM.from_config(config).state_dict())
-    ruled = {
-        name.replace("{L}", str(layer))
-        for rule in family.rules
-        for name in rule.hf
-        for layer in range(spec.num_layers)
-    }
-    assert set(family.to_read(spec, names)) <= ruled
-    # What the rules know beyond this model are only biases and norms that other members have.
-    assert {name for name in ruled - names if not name.endswith((".bias", "_norm.weight"))} == set()
+def spec(*, tied: bool = False, mtp: int = 0) -> MegatronSpec:
+    return MegatronSpec(
+        transformer={"num_layers": 5},
+        vocab_size=33,
+        max_sequence_length=8,
+        rotary_base=1e4,
+        tie_word_embeddings=tied,
+        mtp_layers=mtp,
+    )
 
 
-def write_config(directory: Path, **values: Any) -> Path:
-    (directory / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES, **values}))
-    return directory
-
-
-def test_translation_reads_both_generations_of_rope(tmp_path: Path) -> None:
-    _, spec = spec_of(write_config(tmp_path, rope_theta=500000.0))
-    assert spec.rotary_base == 500000.0
-    assert spec.head_dim == 4
-    new = {"rope_type": "default", "rope_theta": 1e6}
-    _, spec = spec_of(write_config(tmp_path, rope_parameters=new))
-    assert spec.rotary_base == 1e6
-    assert spec.rope_scaling_factor is None
-    scaling = {
-        "rope_type": "llama3",
-        "rope_theta": 5e5,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    _, spec = spec_of(write_config(tmp_path, rope_parameters=scaling))
-    assert spec.rope_scaling_factor == 8.0
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported are: llama, qwen2, qwen3"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn"),
-        ({"attention_bias": True}, "attention_bias True with mlp_bias False"),
-    ],
+FAMILY = Family(
+    model_types=("toy",),
+    rules=(
+        Rule("decoder.layers.{L}.experts.{E}.weight", ("layers.{L}.experts.{E}.one",), Row()),
+        Rule("decoder.layers.{L}.experts.{E}.weight", ("layers.{L}.all",), Replicated()),
+        Rule("mtp.layers.{M}.norm", ("layers.{N}.norm", "extra.{M}"), Replicated()),
+    ),
+    megatron=lambda hf: spec(),
+    copies=(
+        Copy("model.layers.{N}.embed", "model.embed_tokens.weight"),
+        Copy("model.layers.{N}.head", "lm_head.weight"),
+    ),
 )
-def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, values: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        spec_of(write_config(tmp_path, **values))
 
 
-def test_broken_json_names_the_file(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config\.json: "):
-        spec_of(tmp_path)
+def test_alternatives_come_in_the_order_of_the_table_with_their_names_filled_in() -> None:
+    matches = FAMILY.matches("decoder.layers.12.experts.3.weight", num_layers=20)
+    assert [match.hf_names for match in matches] == [("layers.12.experts.3.one",), ("layers.12.all",)]
+    assert [match.expert for match in matches] == [3, 3]
 
 
-def test_a_layout_that_does_not_divide_lists_everything(tmp_path: Path) -> None:
-    _, spec = spec_of(write_config(tmp_path))
+def test_extra_layers_are_numbered_after_the_decoder() -> None:
+    (match,) = FAMILY.matches("mtp.layers.1.norm", num_layers=5)
+    assert match.hf_names == ("layers.6.norm", "extra.1")
+    assert match.expert is None
+    assert FAMILY.is_extra_layer(spec(mtp=1), "model.layers.5.mlp.experts.0.up_proj.weight")
+    assert not FAMILY.is_extra_layer(spec(mtp=1), "model.layers.4.mlp.experts.9.up_proj.weight")
+    assert not FAMILY.is_extra_layer(spec(), "model.layers.5.norm")
+    assert not FAMILY.is_extra_layer(spec(mtp=1), "lm_head.weight")
+
+
+def test_a_parameter_without_a_rule_matches_nothing() -> None:
+    assert FAMILY.matches("decoder.layers.0.experts.weight", 5) == []
+    assert FAMILY.matches("decoder.layers.0.experts.0.bias", 5) == []
+
+
+def test_copies_lead_to_the_tensor_that_is_read() -> None:
+    names = ["model.embed_tokens.weight", "lm_head.weight", "model.layers.5.embed", "model.layers.5.head"]
+    embedding, head, extra_embedding, extra_head = names
+    assert FAMILY.copies_in(spec(), names) == {}
+    assert FAMILY.copies_in(spec(mtp=2), names) == {extra_embedding: embedding, extra_head: head}
+    tied = {head: embedding, extra_embedding: embedding, extra_head: embedding}
+    assert FAMILY.copies_in(spec(tied=True, mtp=2), names) == tied
+    assert FAMILY.copies_in(spec(tied=True, mtp=1), [embedding, extra_head]) == {extra_head: embedding}
+
+
+def test_a_layout_that_does_not_divide_lists_everything() -> None:
+    config = CONFIGS["llama tied"].to_dict()
+    spec = family_of(config).megatron(config)
     check_layout(spec, TrainerConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2))
     with pytest.raises(ConfigError) as caught:
-        check_layout(spec, TrainerConfig(tensor_model_parallel_size=4, pipeline_model_parallel_size=3))
+        check_layout(spec, TrainerConfig(tensor_model_parallel_size=8, pipeline_model_parallel_size=3))
     message = str(caught.value)
-    for words in ("6 attention heads", "2 query groups", "2 layers"):
+    for words in ("12 attention heads", "2 layers"):
         assert words in message
     assert "feed-forward" not in message
 
 
-def claim(parameters: dict[str, torch.Size], shapes: dict[str, tuple[int, ...]]) -> None:
+def claim(parameters: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...]]) -> None:
     config = CONFIGS["llama"].to_dict()
-    family = FAMILIES[0]
+    family = family_of(config)
     claim_pieces(
         family,
         family.megatron(config),
         {name: torch.nn.Parameter(torch.empty(shape)) for name, shape in parameters.items()},
         {name: TensorInfo(name=name, dtype=torch.float32, shape=shape) for name, shape in shapes.items()},
-        rank=0,
-        tensor_parallel_rank=0,
-        tensor_parallel_size=1,
+        ALONE,
     )
 
 
@@ -121,19 +101,13 @@ def test_everything_that_does_not_fit_is_listed_at_once() -> None:
     with pytest.raises(RuleError) as caught:
         claim(
             {
-                "decoder.final_layernorm.weight": torch.Size([24]),
-                "decoder.layers.0.input_layernorm.weight": torch.Size([24]),
-                "decoder.layers.0.mlp.mystery": torch.Size([1]),
+                "decoder.final_layernorm.weight": (24,),
+                "decoder.layers.0.input_layernorm.weight": (24,),
+                "decoder.layers.0.mlp.mystery": (1,),
             },
             {"model.norm.weight": (23,)},
         )
     message = str(caught.value)
     assert "decoder.layers.0.mlp.mystery has no rule" in message
-    assert "needs model.layers.0.input_layernorm.weight" in message
-    assert "model.norm.weight [(23,)]: the rank's share has 23 elements, the parameter (24,)" in message
-
-
-def test_a_tensor_that_nobody_reads_is_named() -> None:
-    check_all_read(["a"], {"a", "b"})
-    with pytest.raises(RuleError, match="checkpoint: c, d"):
-        check_all_read(["a", "c", "d"], {"a", "b"})
+    assert "the checkpoint does not have model.layers.0.input_layernorm.weight" in message
+    assert "model.norm.weight is [23] in the checkpoint, the model needs [24]" in message
