@@ -1,7 +1,7 @@
-"""The layer specification of dense decoders: Megatron's layers with a norm and an attention core of our own.
+"""The attention core of every model: scaled-dot-product attention on packed rows.
 
-Megatron's core attention without Transformer Engine knows no packed sequences, and its torch norm refuses
-sequence parallelism. Both modules here run on CPU and on CUDA.
+Megatron's own core without Transformer Engine knows neither packed sequences nor the two head sizes of
+multi-latent attention. This one runs on CPU and on CUDA.
 """
 
 from itertools import pairwise
@@ -9,39 +9,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
 from configs.errors import BasculeError
 
 
-class Norm(torch.nn.RMSNorm):
-    """Root-mean-square norm, built from a TransformerConfig.
-
-    Under sequence parallelism every rank sees a part of the tokens; the mark on the weight tells Megatron to
-    add up its gradient over the tensor-parallel ranks.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
-        if config.normalization != "RMSNorm":
-            raise BasculeError(f"normalization {config.normalization} is not supported; RMSNorm is")
-        device = "cpu" if config.use_cpu_initialization else "cuda"
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
-        for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
-
-
 class PackedAttention(torch.nn.Module):
-    """Causal scaled-dot-product attention inside each sequence of a packed row."""
+    """Causal attention inside each sequence of a packed row.
+
+    With the configuration's `window_size` (left, 0) a token of a windowed layer sees `left` tokens before
+    itself. With `softmax_type` "learnable" each head has a sink: a logit without a value in its softmax.
+    """
 
     def __init__(
         self,
@@ -56,6 +39,11 @@ class PackedAttention(torch.nn.Module):
         if attention_type != "self" or attn_mask_type != AttnMaskType.causal:
             raise BasculeError(f"layer {layer_number}: only causal self-attention is supported")
         self.softmax_scale = softmax_scale
+        # Declared without the None that it takes.
+        every: Any = config.window_attn_skip_freq
+        windowed = is_layer_window_attention(config.window_size, every, layer_number)
+        self.tokens_before = config.window_size[0] if windowed and config.window_size else None
+        self.softmax_offset = _sinks(config) if config.softmax_type == "learnable" else None
 
     def forward(
         self,
@@ -67,7 +55,7 @@ class PackedAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """Attention output [T, heads * D] of query [T, heads, D], key and value [T, groups, D].
+        """Attention output [T, heads * Dv] of query [T, heads, D], key [T, groups, D], value [T, groups, Dv].
 
         One kernel call per sequence: faster than a block-diagonal mask, whose cost is T squared.
         """
@@ -81,53 +69,72 @@ class PackedAttention(torch.nn.Module):
         return torch.cat(outputs).flatten(1)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        output = F.scaled_dot_product_attention(
-            query.transpose(0, 1)[None],
-            key.transpose(0, 1)[None],
-            value.transpose(0, 1)[None],
-            is_causal=True,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+        if self.softmax_offset is not None:
+            output = self._attend_with_sinks(query, key, value, self.softmax_offset)
+        else:
+            tokens = query.shape[2]
+            masked = self.tokens_before is not None and self.tokens_before < tokens - 1
+            output = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=self._visible(tokens, query.device) if masked else None,
+                is_causal=not masked,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
         return output[0].transpose(0, 1)
 
+    def _attend_with_sinks(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor
+    ) -> torch.Tensor:
+        # No kernel of torch has sinks; the softmax is float32, as in the other path's kernels.
+        heads, tokens, size = query.shape[1:]
+        key, value = (tensor.repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in (key, value))
+        scores = (query @ key.transpose(-1, -2)).float() * (self.softmax_scale or size**-0.5)
+        scores = scores.masked_fill(~self._visible(tokens, query.device), float("-inf"))
+        column = sinks.float().view(1, heads, 1, 1).expand(1, heads, tokens, 1)
+        weights = torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
+        return weights.to(value.dtype) @ value
 
-def decoder_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Submodules of this pipeline stage's decoder: its layers and the final norm."""
-    layers = get_num_layers_to_build(config)
-    return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(config)] * layers,
-        # Declared as a spec or a module; a class is what the block builds from.
-        layer_norm=Norm,  # pyright: ignore[reportArgumentType]
+    def _visible(self, tokens: int, device: torch.device) -> torch.Tensor:
+        """Mask [tokens, tokens], true where the row's token sees the column's."""
+        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril_()
+        return mask if self.tokens_before is None else mask.triu_(-self.tokens_before)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The sinks for a distributed checkpoint, split by head; empty without them."""
+        return sharded_parameters(self, {"softmax_offset": 0}, prefix, sharded_offsets, metadata)
+
+
+def sharded_parameters(
+    module: torch.nn.Module,
+    split_dims: dict[str, int],
+    prefix: str,
+    sharded_offsets: tuple[Any, ...],
+    metadata: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """A module's own parameters for a distributed checkpoint; those not in `split_dims` are whole on all ranks."""
+    assert metadata is not None, "Megatron's models pass their metadata on"
+    return make_sharded_tensors_for_checkpoint(
+        module.state_dict(prefix="", keep_vars=True),
+        prefix,
+        split_dims,
+        sharded_offsets,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),  # pyright: ignore[reportArgumentType]
+        dp_cp_group=metadata["dp_cp_group"],
     )
 
 
-def _layer_spec(config: TransformerConfig) -> ModuleSpec:
-    qk_norm = Norm if config.qk_layernorm else IdentityOp
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=PackedAttention,
-            linear_proj=RowParallelLinear,
-            q_layernorm=qk_norm,
-            k_layernorm=qk_norm,
-        ),
-    )
-    mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
-    # Declared as a spec or a type; Megatron's own layer specs pass this function too.
-    add: Any = get_bias_dropout_add
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
-            self_attention=attention,
-            self_attn_bda=add,
-            pre_mlp_layernorm=Norm,
-            mlp=mlp,
-            mlp_bda=add,
-        ),
-    )
+def _sinks(config: TransformerConfig) -> torch.nn.Parameter:
+    heads = config.num_attention_heads // config.tensor_model_parallel_size
+    device = "cpu" if config.use_cpu_initialization else "cuda"
+    sinks = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype, device=device))
+    set_tensor_model_parallel_attributes(sinks, is_parallel=True, dim=0, stride=1)
+    return sinks

@@ -277,18 +277,63 @@ def _fix_rope_utils(module: ModuleType) -> None:
 def _fix_mappings(module: ModuleType) -> None:
     # In a group of one the originals return a view made inside an autograd function; a later in-place
     # operation on it (bias add, cross entropy) raises. Goes when they return their input instead.
-    for operation in ("copy_to", "reduce_from", "scatter_to", "gather_from"):
-        name = f"{operation}_tensor_model_parallel_region"
+    regions = [
+        f"{operation}_tensor_model_parallel_region"
+        for operation in ("copy_to", "reduce_from", "scatter_to", "gather_from")
+    ]
+    for name in (*regions, "reduce_scatter_to_sequence_parallel_region"):
         setattr(module, name, _identity_alone(module, getattr(module, name)))
+    # Experts split over tensor-parallel ranks get another number of tokens on every rank, and gloo's
+    # all_gather and reduce_scatter take only equal ones. Goes when gloo takes others.
+    vars(module).update(
+        _gather_along_first_dim=_gather_uneven(module._gather_along_first_dim),
+        _reduce_scatter_along_first_dim=_reduce_scatter_uneven(module._reduce_scatter_along_first_dim),
+    )
+
+
+def _gather_uneven(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @wraps(gather)
+    def gathered(
+        input_: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, None, use_global_buffer)
+        padded = input_.new_zeros(max(output_split_sizes), *input_.shape[1:])
+        padded[: input_.shape[0]] = input_
+        parts = [torch.empty_like(padded) for _ in output_split_sizes]
+        torch.distributed.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
+
+    return gathered
+
+
+def _reduce_scatter_uneven(scatter: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @wraps(scatter)
+    def scattered(
+        input_: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(input_, group, None, use_global_buffer)
+        total = input_.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return torch.split(total, input_split_sizes)[group.rank()].contiguous()
+
+    return scattered
+
+
+def _fix_mla(module: ModuleType) -> None:
+    # Without Transformer Engine 0.16.1 still says that it is there, and compares with a class that is not
+    # one. Goes when the flag is right.
+    vars(module).update(HAVE_TE=False)
 
 
 def _identity_alone(module: ModuleType, mapping: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @wraps(mapping)
-    def mapped(input_: torch.Tensor, group: Any = None) -> torch.Tensor:
+    def mapped(input_: torch.Tensor, group: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         resolved = module.get_tensor_model_parallel_group_if_none(group)
         if resolved is not None and resolved.size() == 1:
             return input_
-        return mapping(input_, group)
+        return mapping(input_, group, *args, **kwargs)
 
     return mapped
 
@@ -324,6 +369,7 @@ _FIXES: Mapping[str, Callable[[ModuleType], None]] = {
     "megatron.core.tensor_parallel.mappings": _fix_mappings,
     "megatron.core.models.common.embeddings.rope_utils": _fix_rope_utils,
     "megatron.core.transformer.moe.moe_utils": _fix_moe_utils,
+    "megatron.core.transformer.multi_latent_attention": _fix_mla,
     "megatron.core.optimizer": _fix_optimizer,
     "megatron.core.optimizer.distrib_optimizer": _fix_distributed_optimizer,
 }

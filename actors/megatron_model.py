@@ -25,12 +25,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from actors.megatron_logprobs import vocab_parallel_logprobs
-from actors.megatron_setup import Device, build_chunk, optimizer_config, scheduler, transformer_config
+from actors.megatron_setup import Device, build_chunks, optimizer_config, scheduler, transformer_config
 from algorithms.data import FloatRow, MicroBatch, StepResult, float_row
 from algorithms.roles import TokenLoss
-from bridge.rules import MegatronSpec, check_layout
+from bridge.fit import check_layout
+from bridge.rules import MegatronSpec
 from configs.errors import BasculeError
-from configs.schema import RunConfig
+from configs.schema import LayoutConfig, RunConfig
 
 Load = Callable[[list[torch.nn.Module]], None]
 Finish = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, Any]]
@@ -43,16 +44,26 @@ class StepFailedError(BasculeError):
 class FrozenModel:
     """This rank's part of a model, for log-probabilities only: a reference, or the inside of MegatronModel.
 
-    `load` gets the chunks and has to fill every parameter. Raises ConfigError when the parallel layout does
-    not divide the model.
+    Parameters are of `dtype`. `load` gets the chunks, one for each virtual pipeline stage of this rank, and
+    has to fill every parameter. With `mtp` the multi-token-prediction layers are there too, to be converted.
+    Raises ConfigError when the model does not fit the parallel layout.
     """
 
-    def __init__(self, run: RunConfig, spec: MegatronSpec, *, device: Device, load: Load) -> None:
-        check_layout(spec, run.trainer)
+    def __init__(
+        self,
+        layout: LayoutConfig,
+        dtype: torch.dtype,
+        spec: MegatronSpec,
+        *,
+        device: Device,
+        load: Load,
+        mtp: bool = False,
+    ) -> None:
+        check_layout(spec, layout, training=False)
         self.spec = spec
         self.device = torch.device(device)
-        self.config = transformer_config(run, spec, device)
-        self.chunks = [build_chunk(self.config, spec)]
+        self.config = transformer_config(layout, dtype, spec, device)
+        self.chunks = build_chunks(self.config, spec, mtp)
         load(list(self.chunks))
 
     def logprobs(self, micro_batches: Sequence[MicroBatch], temperature: float) -> list[FloatRow] | None:
@@ -65,11 +76,28 @@ class FrozenModel:
             row = float_row(self.label_logprobs(batch, output, temperature).cpu().numpy())
             return output.new_zeros(()), row
 
+        return self._evaluate(micro_batches, finish)
+
+    def logits(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor] | None:
+        """Logits [T, V] of every micro-batch in the model's own type; None off the last stage.
+
+        Every tensor-parallel rank gets all of them: meant for small inputs.
+        """
+
+        def finish(batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            group = _tensor_parallel_group()
+            parts = [torch.empty_like(output[0]) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(parts, output[0].contiguous(), group=group)
+            return output.new_zeros(()), torch.cat(parts, dim=1)[:, : self.spec.vocab_size]
+
+        return self._evaluate(micro_batches, finish)
+
+    def _evaluate(self, micro_batches: Sequence[MicroBatch], finish: Finish) -> list[Any] | None:
         for chunk in self.chunks:
             chunk.eval()
         with torch.no_grad():
-            rows = self.run_schedule(self.chunks, micro_batches, finish, forward_only=True)
-        return rows if parallel_state.is_pipeline_last_stage() else None
+            results = self.run_schedule(self.chunks, micro_batches, finish, forward_only=True)
+        return results if parallel_state.is_pipeline_last_stage() else None
 
     def label_logprobs(self, batch: MicroBatch, output: torch.Tensor, temperature: float) -> torch.Tensor:
         """Float32 log-probabilities [T] of the labels from the last stage's `output` [1, T, V / TP]."""
@@ -93,21 +121,27 @@ class FrozenModel:
 
         `finish` turns a micro-batch and its logits into a loss and a result; it is called on the last stage.
         """
+        # The interleaved schedule wants a multiple of the pipeline size. Whatever fills it up has no loss.
+        interleaved = self.config.virtual_pipeline_model_parallel_size is not None
+        missing = -len(micro_batches) % self.config.pipeline_model_parallel_size if interleaved else 0
+        batches = [(batch, finish) for batch in micro_batches]
+        batches += [(micro_batches[-1], _no_loss)] * missing
 
-        def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-            batch = next(batches)
-            return self._forward(batch, model), partial(_finish_without_tokens, finish, batch)
+        def forward_step(rest: Iterator[tuple[MicroBatch, Finish]], model: torch.nn.Module) -> Any:
+            batch, last = next(rest)
+            return self._forward(batch, model), partial(_finish_without_tokens, last, batch)
 
-        tokens = _row_length(micro_batches, self.config)
-        return get_forward_backward_func()(
+        iterators = [iter(batches) for _ in models]
+        results = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
+            data_iterator=iterators if interleaved else iterators[0],
             model=list(models),
-            num_microbatches=len(micro_batches),
-            seq_length=tokens,
+            num_microbatches=len(batches),
+            seq_length=_row_length(micro_batches, self.config),
             micro_batch_size=1,
             forward_only=forward_only,
         )
+        return results[: len(micro_batches)]
 
     def _forward(self, batch: MicroBatch, model: torch.nn.Module) -> torch.Tensor:
         starts = self._tensor(batch.starts_S).int()
@@ -130,11 +164,13 @@ class MegatronModel:
     """This rank's part of the policy, with its gradients, optimizer and learning-rate schedule.
 
     `load` gets the bare chunks and has to fill every parameter; it runs before the optimizer takes its
-    float32 copies. Raises ConfigError when the parallel layout does not divide the model.
+    float32 copies. Raises ConfigError when the model does not fit the parallel layout.
     """
 
     def __init__(self, run: RunConfig, spec: MegatronSpec, *, device: Device, load: Load) -> None:
-        self._model = FrozenModel(run, spec, device=device, load=load)
+        check_layout(spec, run.trainer)
+        dtype = torch.bfloat16 if run.model.torch_dtype == "bfloat16" else torch.float32
+        self._model = FrozenModel(run.trainer, dtype, spec, device=device, load=load)
         config = self._model.config
         config.finalize_model_grads_func = _finalize_gradients
         ddp_config = DistributedDataParallelConfig(
@@ -221,6 +257,10 @@ def _finalize_gradients(model: list[torch.nn.Module], num_tokens: torch.Tensor, 
     finalize_model_grads(model, None, **groups)
 
 
+def _no_loss(batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return output.sum() * 0.0, None
+
+
 def _finish_without_tokens(
     finish: Finish, batch: MicroBatch, output: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -238,7 +278,7 @@ def _row_length(micro_batches: Sequence[MicroBatch], config: TransformerConfig) 
     if length % parts:
         raise BasculeError(
             f"rows of {length} tokens do not split over {parts} sequence-parallel ranks; "
-            f"pack them to a multiple of trainer.tensor_model_parallel_size"
+            f"pack them to a multiple of tensor_model_parallel_size"
         )
     return length
 

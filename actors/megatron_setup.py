@@ -3,6 +3,7 @@
 On a machine without CUDA, actors.megatron_cpu.install() must have run before this module is imported.
 """
 
+import copy
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -20,21 +22,32 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from actors.megatron_attention import decoder_spec
+from actors.megatron_layers import decoder_spec, mtp_spec
+from bridge.fit import moe_pattern, pipeline_stages, virtual_stages
 from bridge.layouts import padded_vocabulary
 from bridge.rules import MegatronSpec
 from configs.errors import BasculeError
-from configs.schema import RunConfig, TrainerConfig
+from configs.schema import LayoutConfig, RunConfig
 
 Device = Literal["cpu", "cuda"]
 
-_ACTIVATIONS = {"silu": F.silu}
+_ACTIVATIONS = {"silu": F.silu, "quick_gelu": quick_gelu}
+_EXPERT_OPTIONS = {
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_router_dtype": "fp32",
+    # No auxiliary loss, and the router's expert bias stays as it was loaded: the loss is the algorithm's.
+    "moe_router_load_balancing_type": "none",
+    "moe_aux_loss_coeff": 0.0,
+    "moe_router_bias_update_rate": 0.0,
+}
 
 
 def initialize_megatron(
-    trainer: TrainerConfig,
+    layout: LayoutConfig,
     *,
     rank: int,
     world_size: int,
@@ -49,10 +62,9 @@ def initialize_megatron(
     than `timeout_s`. Raises BasculeError when `world_size` is not what the parallel sizes multiply to, or
     when a rank does not come.
     """
-    if world_size != trainer.world_size:
+    if world_size != layout.world_size:
         raise BasculeError(
-            f"{world_size} trainer ranks were started, but the parallel sizes under `trainer` need "
-            f"{trainer.world_size}"
+            f"{world_size} trainer ranks were started, but the parallel sizes need {layout.world_size}"
         )
     try:
         dist.init_process_group(
@@ -69,12 +81,22 @@ def initialize_megatron(
             f"{timeout_s:.0f} s; look for a rank that died, or raise cluster.collective_timeout_s ({error})"
         ) from error
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=trainer.tensor_model_parallel_size,
-        pipeline_model_parallel_size=trainer.pipeline_model_parallel_size,
+        **model_parallel_options(layout),
         # Declared as whole minutes, used only to make a timedelta.
         distributed_timeout_minutes=timeout_s / 60,  # pyright: ignore[reportArgumentType]
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def model_parallel_options(layout: LayoutConfig) -> dict[str, Any]:
+    """The sizes of Megatron's process groups, as initialize_model_parallel takes them."""
+    return {
+        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": virtual_stages(layout),
+        "expert_model_parallel_size": layout.expert_model_parallel_size,
+        "expert_tensor_parallel_size": layout.expert_tensor_size,
+    }
 
 
 def shutdown_megatron() -> None:
@@ -83,21 +105,28 @@ def shutdown_megatron() -> None:
     dist.destroy_process_group()
 
 
-def transformer_config(run: RunConfig, spec: MegatronSpec, device: Device) -> TransformerConfig:
-    """Megatron's configuration of `spec` under the run's parallel layout and type."""
-    trainer = run.trainer
-    dtype = torch.bfloat16 if run.model.torch_dtype == "bfloat16" else torch.float32
+def transformer_config(
+    layout: LayoutConfig, dtype: torch.dtype, spec: MegatronSpec, device: Device
+) -> TransformerConfig:
+    """Megatron's configuration of `spec` under a parallel layout; parameters are of `dtype`.
+
+    An MLATransformerConfig for a model with latent attention.
+    """
     shape = dict(spec.transformer)
+    if spec.num_experts and all(moe_pattern(spec)):
+        # With a list Megatron gives every layer names of its own in distributed checkpoints.
+        shape["moe_layer_freq"] = 1
     activation = _ACTIVATIONS[shape.pop("activation")]
-    return TransformerConfig(
+    kind = MLATransformerConfig if shape.get("multi_latent_attention") else TransformerConfig
+    config = kind(
         **shape,
+        **_parallel_options(layout),
+        **(_EXPERT_OPTIONS if spec.num_experts else {}),
         activation_func=activation,
-        tensor_model_parallel_size=trainer.tensor_model_parallel_size,
-        pipeline_model_parallel_size=trainer.pipeline_model_parallel_size,
-        sequence_parallel=trainer.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # With it Megatron leaves the division to us; without it, DDP divides by its size and the schedule
@@ -109,25 +138,95 @@ def transformer_config(run: RunConfig, spec: MegatronSpec, device: Device) -> Tr
         use_cpu_initialization=device == "cpu",
         perform_initialization=False,
     )
+    # Megatron has no fields for these; its attention and GPTModel read them from the configuration.
+    for name, value in (spec.yarn or {}).items():
+        setattr(config, f"yarn_{name}", value)
+    return config
 
 
-def build_chunk(config: TransformerConfig, spec: MegatronSpec) -> GPTModel:
-    """This pipeline stage of the model; its parameters hold whatever the memory held."""
-    chunk = GPTModel(
+def _parallel_options(layout: LayoutConfig) -> dict[str, Any]:
+    chunks = virtual_stages(layout)
+    stages = layout.pipeline_model_parallel_layout
+    return {
+        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": chunks,
+        "num_layers_in_first_pipeline_stage": layout.num_layers_in_first_pipeline_stage,
+        "num_layers_in_last_pipeline_stage": layout.num_layers_in_last_pipeline_stage,
+        # Multi-token-prediction layers come back in build_chunks, where they are asked for.
+        "pipeline_model_parallel_layout": stages and "|".join(pipeline_stages(stages)).replace("m", ""),
+        "expert_model_parallel_size": layout.expert_model_parallel_size,
+        "expert_tensor_parallel_size": layout.expert_tensor_size,
+        "sequence_parallel": layout.sequence_parallel,
+        # The interleaved schedule computes wrong numbers over gloo with the defaults (False, True).
+        "overlap_p2p_comm": chunks is not None,
+        "batch_p2p_comm": chunks is None,
+    }
+
+
+def build_chunks(config: TransformerConfig, spec: MegatronSpec, mtp: bool) -> list[GPTModel]:
+    """This pipeline rank's part of the model, a module for each virtual stage, in order.
+
+    Parameters hold whatever the memory held, expert biases zeros. With `mtp` the last stage also has the
+    model's multi-token-prediction layers; they are there to be converted, and no output depends on them.
+    """
+    if mtp and spec.mtp_layers:
+        config = _with_mtp(config, spec.mtp_layers)
+    chunks = config.virtual_pipeline_model_parallel_size
+    return [_build_chunk(config, spec, stage) for stage in (range(chunks) if chunks else [None])]
+
+
+def _with_mtp(config: TransformerConfig, layers: int) -> TransformerConfig:
+    config = copy.copy(config)
+    config.mtp_num_layers = layers
+    # A parsed object once TransformerConfig has seen the string.
+    stages: Any = config.pipeline_model_parallel_layout
+    if stages is not None:
+        config.pipeline_model_parallel_layout = PipelineParallelLayerLayout(
+            stages.input_data.replace("L", "m" * layers + "L"), config.pipeline_model_parallel_size
+        )
+    return config
+
+
+def _build_chunk(config: TransformerConfig, spec: MegatronSpec, stage: int | None) -> GPTModel:
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
+    kind = _ModelWithMtp if config.mtp_num_layers else GPTModel
+    # Types are declared narrower than what Megatron accepts, and uses itself.
+    chunk = kind(
         config,
-        decoder_spec(config),  # pyright: ignore[reportArgumentType]
+        decoder_spec(config, spec, stage),  # pyright: ignore[reportArgumentType]
         vocab_size=padded_vocabulary(spec.vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=spec.max_sequence_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+        post_process=last,
         share_embeddings_and_output_weights=spec.tie_word_embeddings,
-        position_embedding_type="rope",
+        position_embedding_type="rope" if spec.yarn is None else "yarn",
+        rotary_percent=spec.rotary_percent,
         rotary_base=spec.rotary_base,  # pyright: ignore[reportArgumentType]
         rope_scaling=spec.rope_scaling_factor is not None,
         rope_scaling_factor=spec.rope_scaling_factor or 1.0,
+        mtp_block_spec=mtp_spec(config, spec) if config.mtp_num_layers and last else None,  # pyright: ignore[reportArgumentType]
+        vp_stage=stage,
     )
+    # Some of Megatron's modules (routers, the gate of shared experts) make their parameters on the CPU.
+    # On the meta device (a plan on paper) nothing can be moved, or needs to be.
+    if not any(parameter.is_meta for parameter in chunk.parameters()):
+        chunk.to("cpu" if config.use_cpu_initialization else "cuda")
     _mark_split_weights(chunk)
+    _mark_experts(chunk, config)
     return chunk
+
+
+class _ModelWithMtp(GPTModel):
+    """A model whose output leaves its multi-token-prediction layers out: Megatron's own needs labels."""
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not self.post_process:
+            return hidden_states
+        shared = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if shared else None
+        logits, _ = self.output_layer(hidden_states, weight=weight)
+        return logits.transpose(0, 1).contiguous()
 
 
 def _mark_split_weights(chunk: GPTModel) -> None:
@@ -143,6 +242,24 @@ def _mark_split_weights(chunk: GPTModel) -> None:
                 continue
         if module.weight is not None:
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
+
+
+def _mark_experts(chunk: GPTModel, config: TransformerConfig) -> None:
+    # Megatron 0.16.1 sums gradients of experts over their own data-parallel group only where there is expert
+    # parallelism; they also need it where just their tensor-parallel size is another one. And it sums the
+    # bias of an expert's second linear over the tensor-parallel ranks, where other experts are.
+    own = config.expert_model_parallel_size > 1
+    own = own or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
+    for module in chunk.modules():
+        if not isinstance(module, SequentialMLP):
+            continue
+        for name, parameter in module.named_parameters():
+            marks: Any = parameter
+            marks.allreduce = not own
+            if own and name.endswith("linear_fc2.bias"):
+                marks.sequence_parallel = False
+                # Every rank's is another expert's, so that the gradient's norm has to count them all.
+                marks.tensor_model_parallel = True
 
 
 def optimizer_config(run: RunConfig) -> OptimizerConfig:

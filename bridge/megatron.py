@@ -1,149 +1,262 @@
 """A live Megatron model's parameters as shards of Hugging Face tensors."""
 
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from bridge.checkpoint import CheckpointError, CheckpointReader
-from bridge.layouts import Shape, Shard, padded_vocabulary, region_numel, slices
+from bridge.layouts import Column, Layout, Replicated, Shape, Shard, Vocabulary
 from bridge.plan import Piece, TensorInfo
-from bridge.rules import Family, MegatronSpec, Rule, RuleError
+from bridge.rules import Family, Match, MegatronSpec, RuleError
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_MTP = re.compile(r"mtp\.layers\.(\d+)\.")
+_LOCAL_EXPERT = re.compile(r"local_experts\.(\d+)\.")
+_GROUPED_EXPERT = re.compile(r"(linear_fc[12])\.(weight|bias)(\d+)$")
+# Transformer Engine fuses norms into the linear that follows, and later releases rename an MTP module.
+_SAME = (
+    ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
+    ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
+    ("self_attention.linear_q_up_proj.layer_norm_", "self_attention.q_layernorm."),
+    ("self_attention.linear_kv_up_proj.layer_norm_", "self_attention.kv_layernorm."),
+    (".mtp_model_layer.", ".transformer_layer."),
+)
+OUTPUT_LAYER = "output_layer.weight"
+EMBEDDING = "embedding.word_embeddings.weight"
 
 
-def named_parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
-    """Parameters of this rank's model chunks by global name.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where this rank stands: its world rank, and its positions in the two groups that split matrices."""
 
-    The global layer number comes from the layer itself, so it holds under any pipeline split.
+    rank: int
+    tensor_rank: int
+    tensor_size: int
+    expert_tensor_rank: int
+    expert_tensor_size: int
+
+
+class MisfitError(RuleError):
+    """Parameters that a checkpoint does not hold. `read` are the HF tensors that belong to any parameter."""
+
+    def __init__(self, problems: tuple[str, ...], read: frozenset[str]) -> None:
+        super().__init__(problems, read)
+        self.problems = problems
+        self.read = read
+
+    def __str__(self) -> str:
+        return "the checkpoint does not fit the model:\n  " + "\n  ".join(self.problems)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claims:
+    """What a rank holds: its pieces in the order of its parameters, and the HF tensors they belong to.
+
+    `full_precision` are those of the HF tensors that Megatron keeps in float32 whatever the model's type.
     """
-    found: dict[str, torch.nn.Parameter] = {}
+
+    pieces: tuple[Piece, ...]
+    shapes: Mapping[str, Shape]
+    full_precision: frozenset[str]
+
+
+def place_of_this_rank() -> Place:
+    """From Megatron's process groups, which must have been made."""
+    from megatron.core import parallel_state
+
+    # Declared as if there might be no groups.
+    expert_rank: Any = parallel_state.get_expert_tensor_parallel_rank()
+    expert_size: Any = parallel_state.get_expert_tensor_parallel_world_size()
+    return Place(
+        rank=torch.distributed.get_rank(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        expert_tensor_rank=expert_rank,
+        expert_tensor_size=expert_size,
+    )
+
+
+def named_parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """Parameters of this rank's model chunks, and routers' expert biases, by global name.
+
+    One name for a parameter whether Megatron groups or fuses it or not; global numbers of layers and experts
+    come from the modules themselves, so they hold under any split.
+    """
+    found: dict[str, torch.Tensor] = {}
     for chunk in chunks:
-        numbers = {
-            name: int(module.layer_number) - 1  # pyright: ignore[reportArgumentType]
-            for name, module in chunk.named_modules()
-            if re.fullmatch(r"decoder\.layers\.\d+", name)
-        }
-        for name, parameter in chunk.named_parameters():
-            match = _LAYER.match(name)
-            if match:
-                layer = numbers[match.group(0)[:-1]]
-                name = f"decoder.layers.{layer}.{name[match.end() :]}"  # noqa: PLW2901
-            found[name] = parameter
+        rename = _Names(chunk)
+        for name, tensor in _tensors(chunk):
+            found[rename(name)] = tensor
     return found
+
+
+def _tensors(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from chunk.named_parameters()
+    for name, buffer in chunk.named_buffers():
+        if name.endswith("router.expert_bias"):
+            yield name, buffer
+
+
+class _Names:
+    """Global names of one chunk's parameters."""
+
+    def __init__(self, chunk: torch.nn.Module) -> None:
+        self._layers: dict[str, int] = {}
+        self._experts: dict[str, list[int]] = {}
+        for name, module in chunk.named_modules():
+            if re.fullmatch(r"(module\.)*decoder\.layers\.\d+", name):
+                number: int = module.layer_number  # pyright: ignore[reportAssignmentType]
+                self._layers[_unwrapped(name)] = number - 1
+            if name.endswith(".mlp.experts"):
+                layer = chunk.get_submodule(name.removesuffix(".experts"))
+                self._experts[name] = layer.local_expert_indices  # pyright: ignore[reportArgumentType]
+
+    def __call__(self, name: str) -> str:
+        for theirs, ours in _SAME:
+            name = name.replace(theirs, ours)
+        prefix, experts, rest = name.partition(".mlp.experts.")
+        if experts:
+            indices = self._experts[prefix + ".mlp.experts"]
+            rest = _GROUPED_EXPERT.sub(r"local_experts.\3.\1.\2", rest)
+            rest = _LOCAL_EXPERT.sub(lambda match: f"local_experts.{indices[int(match[1])]}.", rest)
+        name = _unwrapped(prefix) + experts + rest
+        match = _LAYER.match(name)
+        if match is None:
+            return name
+        return f"decoder.layers.{self._layers[match[0][:-1]]}.{name[match.end() :]}"
+
+
+def _unwrapped(name: str) -> str:
+    """Without the prefixes of data-parallel and mixed-precision wrappers."""
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
 
 
 def claim_pieces(
     family: Family,
     spec: MegatronSpec,
-    parameters: Mapping[str, torch.nn.Parameter],
-    tensors: Mapping[str, TensorInfo],
-    *,
-    rank: int,
-    tensor_parallel_rank: int,
-    tensor_parallel_size: int,
-) -> list[Piece]:
-    """What this rank holds of the HF `tensors`, in the order of its parameters.
+    parameters: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, TensorInfo] | None,
+    place: Place,
+) -> Claims:
+    """What the rank at `place` holds of the checkpoint's `tensors`, or, without any, of those the model implies.
 
-    Raises RuleError listing every parameter without a rule, every HF tensor that is missing and every shape
+    Raises MisfitError listing every parameter without a rule, every HF tensor that is missing and every shape
     that does not fit, before a byte is read.
     """
-    shard = Shard(
-        rank=tensor_parallel_rank,
-        size=tensor_parallel_size,
-        num_query_groups=spec.num_query_groups,
-        head_dim=spec.head_dim,
-    )
     pieces: list[Piece] = []
+    shapes: dict[str, Shape] = {}
+    full_precision: set[str] = set()
     wrong: list[str] = []
+    read: set[str] = set()
     for name, parameter in parameters.items():
-        matched = family.rule_for(name)
-        if matched is None:
+        copy = name == OUTPUT_LAYER and spec.tie_word_embeddings
+        matches = family.matches(EMBEDDING if copy else name, spec.num_layers)
+        if not matches:
             wrong.append(f"Megatron parameter {name} has no rule")
             continue
-        rule, hf_names = matched
-        copy = name == "output_layer.weight" and spec.tie_word_embeddings
-        if copy:
-            hf_names = ("model.embed_tokens.weight",)
-        missing = [hf_name for hf_name in hf_names if hf_name not in tensors]
-        if missing:
-            wrong.append(f"{name} needs {', '.join(missing)}, which the checkpoint does not have")
-            continue
-        shapes = [tensors[hf_name].shape for hf_name in hf_names]
-        problem = _misfit(rule, parameter, shapes, shard)
+        match = _choose(matches, tensors)
+        read.update(match.hf_names)
+        shard = _shard(spec, name, match, place)
+        layout, shard, problem = _layout(match, parameter, shard)
+        full = layout.shapes(tuple(parameter.shape), shard)
+        problem = problem or _misfit(match.hf_names, full, tensors)
         if problem:
-            wrong.append(f"{name} and {', '.join(hf_names)} {shapes}: {problem}")
+            wrong.append(f"{name}: {problem}")
             continue
+        shapes.update(zip(match.hf_names, full, strict=True))
+        if name.endswith("router.expert_bias"):
+            full_precision.update(match.hf_names)
         pieces += [
             Piece(
-                tensor=hf_names[cut.source],
+                tensor=match.hf_names[cut.source],
                 region=cut.hf_region,
-                rank=rank,
+                rank=place.rank,
                 parameter=name,
                 local_region=cut.local_region,
+                fold=cut.fold,
                 copy=copy,
             )
-            for cut in rule.layout.cuts(shapes, shard)
+            for cut in layout.cuts(full, shard)
         ]
     if wrong:
-        raise RuleError("the checkpoint does not fit the model:\n  " + "\n  ".join(wrong))
-    return pieces
+        raise MisfitError(tuple(wrong), frozenset(read))
+    return Claims(pieces=tuple(pieces), shapes=shapes, full_precision=frozenset(full_precision))
 
 
-def _misfit(rule: Rule, parameter: torch.nn.Parameter, shapes: Sequence[Shape], shard: Shard) -> str | None:
-    """Why the parameter cannot be what the rule says, if it cannot."""
+def _choose(matches: Sequence[Match], tensors: Mapping[str, TensorInfo] | None) -> Match:
+    if tensors is not None:
+        for match in matches:
+            if all(name in tensors for name in match.hf_names):
+                return match
+    return matches[0]
+
+
+def _shard(spec: MegatronSpec, name: str, match: Match, place: Place) -> Shard:
+    expert = ".mlp.experts." in name
+    return Shard(
+        rank=place.expert_tensor_rank if expert else place.tensor_rank,
+        size=place.expert_tensor_size if expert else place.tensor_size,
+        num_query_groups=spec.num_query_groups,
+        head_dim=spec.head_dim,
+        vocab_size=spec.vocab_size,
+        num_experts=spec.num_experts,
+        expert=match.expert,
+    )
+
+
+def _layout(match: Match, parameter: torch.Tensor, shard: Shard) -> tuple[Layout, Shard, str | None]:
+    """The rule's layout as it is for this parameter, and why it cannot be, if it cannot."""
+    layout = match.rule.layout
     split = tensor_parallel_dim(parameter)
-    if shard.size > 1 and split != rule.layout.parallel_dim:
-        return f"Megatron splits dimension {split}, the rule {rule.layout.parallel_dim}"
-    cuts = rule.layout.cuts(shapes, shard)
-    covered = sum(region_numel(cut.local_region) for cut in cuts)
-    if rule.hf[0] in ("model.embed_tokens.weight", "lm_head.weight"):
-        rows = padded_vocabulary(shapes[0][0], shard.size) // shard.size
-        covered = rows * shapes[0][1]
-    if covered != parameter.numel():
-        return f"the rank's share has {covered} elements, the parameter {tuple(parameter.shape)}"
-    return None
+    if split is None and isinstance(layout, Column):
+        layout = Replicated()
+    if isinstance(layout, Vocabulary):
+        shard = replace(shard, padded_vocab_size=parameter.shape[0] * shard.size)
+    if shard.size > 1 and split != layout.parallel_dim:
+        return layout, shard, f"Megatron splits dimension {split}, the rule {layout.parallel_dim}"
+    return layout, shard, None
 
 
-def tensor_parallel_dim(parameter: torch.nn.Parameter) -> int | None:
+def _misfit(
+    names: Sequence[str], full: Sequence[Shape], tensors: Mapping[str, TensorInfo] | None
+) -> str | None:
+    if tensors is None:
+        return None
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        return f"the checkpoint does not have {', '.join(missing)}"
+    wrong = [
+        f"{name} is {list(tensors[name].shape)} in the checkpoint, the model needs {list(shape)}"
+        for name, shape in zip(names, full, strict=True)
+        if tensors[name].shape != shape
+    ]
+    return "; ".join(wrong) or None
+
+
+def tensor_parallel_dim(parameter: torch.Tensor) -> int | None:
     """The dimension that Megatron splits over tensor-parallel ranks, from the attributes it sets."""
-    # Megatron leaves the attribute off parameters that are not split.
+    # Megatron leaves the attributes off parameters that are not split. An expert's bias may have the first one
+    # alone: it is whole, but has to be counted on every rank.
     if not getattr(parameter, "tensor_model_parallel", False):
         return None
-    return parameter.partition_dim  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def check_all_read(names: Iterable[str], read: Container[str]) -> None:
-    """Raises RuleError listing the HF tensors in `names` that no rank has read."""
-    unread = [name for name in names if name not in read]
-    if unread:
-        raise RuleError(f"no rule reads these tensors of the checkpoint: {', '.join(unread)}")
-
-
-@torch.no_grad()
-def load_pieces(
-    parameters: Mapping[str, torch.nn.Parameter], reader: CheckpointReader, pieces: Iterable[Piece]
-) -> None:
-    """Read each piece from its file into its parameter; padding of the vocabulary becomes zero."""
-    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        if name in parameters:
-            parameters[name].zero_()
-    for piece in pieces:
-        value = reader.read(piece.tensor, piece.region)
-        target = parameters[piece.parameter][slices(piece.local_region)]
-        if value.shape != target.shape:
-            raise CheckpointError(f"{piece.tensor}: read {tuple(value.shape)}, wanted {tuple(target.shape)}")
-        target.copy_(value)
+    return getattr(parameter, "partition_dim", None)
 
 
 def hf_order(pieces: Iterable[Piece]) -> list[str]:
-    """HF names in layer order: embedding, layers by number, final norm and head."""
+    """HF names in layer order: embedding, layers by number, MTP layers, final norm and head."""
     keys: dict[str, tuple[int, int]] = {}
     for position, piece in enumerate(pieces):
-        match = _LAYER.match(piece.parameter)
-        stage = (
-            int(match.group(1)) + 1 if match else (0 if piece.parameter.startswith("embedding") else 1 << 30)
-        )
-        keys.setdefault(piece.tensor, (stage, position))
+        keys.setdefault(piece.tensor, (_stage(piece.parameter), position))
     return sorted(keys, key=lambda name: keys[name])
+
+
+def _stage(parameter: str) -> int:
+    for pattern, first in ((_LAYER, 1), (_MTP, 1 << 29)):
+        match = pattern.match(parameter)
+        if match:
+            return int(match[1]) + first
+    return 0 if parameter.startswith("embedding") else 1 << 30

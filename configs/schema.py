@@ -15,18 +15,28 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The policy and its reference."""
 
-    model: str = Field(min_length=1)
+    model: str | None = Field(default=None, min_length=1)
     """Directory with a Hugging Face checkpoint, or a hub name on a machine that reaches the hub."""
+    mcore_model: Path | None = None
+    """Megatron torch_dist checkpoint to take the weights from; config and tokenizer are in it or in `model`."""
     ref_model: str | None = None
     """Reference for the KL term; by default the model as it was at the start."""
+    mcore_ref_model: Path | None = None
+    """Megatron torch_dist checkpoint of the reference."""
     torch_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the trained parameters and of the engines. In bfloat16 the optimizer keeps float32 copies."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where trainers and engines run. Only cpu has been run by this project so far."""
 
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if self.model is None and self.mcore_model is None:
+            raise ValueError("give model.model, or model.mcore_model with config and tokenizer in it")
+        return self
 
-class TrainerConfig(Section):
-    """The Megatron-core ranks, the optimizer and its schedule. Names are Megatron's."""
+
+class LayoutConfig(Section):
+    """How a model is spread over Megatron-core ranks. Names are Megatron's."""
 
     tensor_model_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share each layer's matrices."""
@@ -34,8 +44,35 @@ class TrainerConfig(Section):
     """Ranks that share the layers, in order."""
     data_parallel_size: int = Field(default=1, ge=1)
     """Replicas; ranks in total = tensor x pipeline x data."""
+    expert_model_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share the experts of a layer; they are taken from the tensor- and data-parallel ranks."""
+    expert_tensor_parallel_size: int | None = Field(default=None, ge=1)
+    """Ranks that share each expert's matrices; by default the tensor-parallel size."""
+    virtual_pipeline_model_parallel_size: int | None = Field(default=None, ge=2)
+    """Chunks of layers on each pipeline rank (interleaved schedule)."""
+    num_layers_in_first_pipeline_stage: int | None = Field(default=None, ge=1)
+    """Layers of the first stage when they are not spread evenly; the middle stages share the rest."""
+    num_layers_in_last_pipeline_stage: int | None = Field(default=None, ge=1)
+    """Layers of the last stage when they are not spread evenly."""
+    pipeline_model_parallel_layout: str | None = None
+    """Every stage spelled out, in Megatron's notation: `Et*3|t*4|t*3,L` (E embedding, t layer, m MTP, L loss)."""
     sequence_parallel: bool = False
     """Split norms and residuals over the tensor-parallel ranks along the sequence."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of Megatron ranks."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.data_parallel_size
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that share each expert's matrices."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+
+class TrainerConfig(LayoutConfig):
+    """The Megatron-core ranks, the optimizer and its schedule. Names are Megatron's."""
+
     micro_batch_size: int = Field(default=8, ge=1)
     """Samples packed into one micro-batch of one data-parallel rank. Does not change the gradient."""
     lr: float = Field(default=1e-6, gt=0)
@@ -58,11 +95,6 @@ class TrainerConfig(Section):
     """Largest norm of the gradient over all ranks; 0 turns clipping off."""
     use_distributed_optimizer: bool = True
     """Split the optimizer state over the data-parallel ranks."""
-
-    @property
-    def world_size(self) -> int:
-        """Number of trainer ranks."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.data_parallel_size
 
 
 class RolloutConfig(Section):
@@ -169,6 +201,19 @@ class BridgeConfig(Section):
     """Tensors travel together in buckets of about this size; a larger tensor is a bucket of its own."""
 
 
+class CheckpointConfig(Section):
+    """What a run saves."""
+
+    save_steps: int = Field(default=0, ge=0)
+    """Save `checkpoint-STEP` every this many steps, besides `checkpoint` at the end; 0 for only that."""
+    save_safetensors: bool = True
+    """Save Hugging Face safetensors; false saves a Megatron torch_dist checkpoint instead."""
+    no_save_optim: bool = False
+    """Leave optimizer and schedule out of torch_dist checkpoints."""
+    max_shard_size: str = "5GB"
+    """Largest safetensors file, as in transformers: 5GB, 200MB, 1GiB."""
+
+
 class ClusterConfig(Section):
     """What is asked of Ray. Without an address, here or in the environment, a local Ray is started."""
 
@@ -213,6 +258,7 @@ class RunConfig(Section):
     data: DataConfig
     rewards: tuple[RewardConfig, ...] = ()
     bridge: BridgeConfig = BridgeConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @property
@@ -224,6 +270,11 @@ class RunConfig(Section):
     def optimizer_steps(self) -> int:
         """Optimizer steps of the whole run, for the learning-rate schedule."""
         return self.max_steps * (self.grpo.steps_per_generation if self.algorithm == "grpo" else 1)
+
+    def saves_at(self, step: int) -> bool:
+        """Whether `checkpoint-STEP` is due after this step; the last one is saved as `checkpoint` anyway."""
+        every = self.checkpoint.save_steps
+        return every > 0 and step % every == 0 and step < self.max_steps
 
     @model_validator(mode="after")
     def _rules_between_sections(self) -> Self:

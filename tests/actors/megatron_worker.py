@@ -233,7 +233,9 @@ def run_refused_rows(layout: str) -> dict[str, Any]:
     """Messages about rows that do not split over two ranks, and rows of two lengths."""
     reference = build_reference("llama")
     spec = family_of(reference.config.to_dict()).megatron(reference.config.to_dict())
-    model = FrozenModel(make_run(layout, False), spec, device="cpu", load=loader(reference))
+    model = FrozenModel(
+        make_run(layout, False).trainer, torch.float32, spec, device="cpu", load=loader(reference)
+    )
     rows = make_sequences(spec.vocab_size)
     messages = {}
     for name, batches in (("odd", [pack(rows, 27)]), ("uneven", [pack(rows, 28), pack(rows, 32)])):
@@ -247,7 +249,9 @@ def run_refused_rows(layout: str) -> dict[str, Any]:
 def run_frozen(layout: str, family: str) -> dict[str, Any]:
     reference = build_reference(family)
     spec = family_of(reference.config.to_dict()).megatron(reference.config.to_dict())
-    model = FrozenModel(make_run(layout, False), spec, device="cpu", load=loader(reference))
+    model = FrozenModel(
+        make_run(layout, False).trainer, torch.float32, spec, device="cpu", load=loader(reference)
+    )
     batches, groups = split_rows(make_sequences(spec.vocab_size), 1)
     return {"logprobs": logprob_error(reference, model, batches, groups)}
 

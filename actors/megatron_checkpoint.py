@@ -1,0 +1,367 @@
+"""Megatron's own checkpoints (torch_dist): every rank writes and reads its part, under any layout.
+
+On a machine without CUDA, actors.megatron_cpu.install() must have run before this module is imported. Like
+Megatron-core itself, loading unpickles files: load only checkpoints from a source you trust.
+"""
+
+import shutil
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.module import MegatronModule
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from actors.checkpoint_files import (
+    find_iteration,
+    iteration_name,
+    replace_directory,
+    write_latest,
+)
+from configs.errors import BasculeError
+
+T = TypeVar("T")
+
+_CONTENT = {
+    # The only form of Megatron 0.16 whose optimizer state loads under another layout; its default raises.
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+_STATE = ("optimizer.", "chained_")
+"""Beginnings of the keys that hold optimizer state."""
+
+
+class MegatronCheckpointError(BasculeError):
+    """A torch_dist checkpoint cannot be written or read. Names the directory, and the keys."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Wanted:
+    """What a rank would load: by key the global shape and whether the padding of its rows may differ."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    padded: frozenset[str]
+
+
+def save_torch_dist(
+    chunks: Sequence[MegatronModule],
+    directory: Path,
+    *,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    iteration: int,
+) -> Path:
+    """Write `directory`/iter_NNNNNNN and make it the latest; every rank must call it. Returns that directory.
+
+    `chunks` are the bare models of this rank, one for each virtual stage; `directory` is on a file system that
+    the ranks share. The iteration appears under its name only when all ranks have written it, and replaces
+    an older one of the same number. Raises MegatronCheckpointError on every rank, naming the directory; the
+    unfinished part is then removed.
+    """
+    final = directory / iteration_name(iteration)
+    partial = final.with_name(final.name + ".partial")
+    _on_rank_0(f"{partial} cannot be created", lambda: _make_empty(partial))
+    state = _state(chunks, _CONTENT, optimizer, is_loading=False)
+    state |= {"checkpoint_version": 3.0, "iteration": iteration}
+    if scheduler is not None:
+        state["opt_param_scheduler"] = scheduler.state_dict()
+    try:
+        _together(
+            f"{partial}: the checkpoint could not be written",
+            lambda: dist_checkpointing.save(state, str(partial), content_metadata=dict(_CONTENT)),
+        )
+    except MegatronCheckpointError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _on_rank_0(f"{final} cannot be renamed into place", lambda: _publish(partial, final, iteration))
+    return final
+
+
+def load_torch_dist(
+    chunks: Sequence[MegatronModule],
+    directory: Path,
+    *,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    ignored: Sequence[str] = (),
+) -> int:
+    """Fill this rank's models from a checkpoint of any layout; every rank must call it. Returns the iteration.
+
+    `directory` is as save_torch_dist got it, or one iteration's. Without `optimizer` its state in the
+    checkpoint is left alone. Keys of the checkpoint that begin with one of `ignored` need no place in the
+    model. Rows that pad the vocabulary beyond the checkpoint's become zero. Raises ConfigError when it is no
+    checkpoint, and MegatronCheckpointError, on every rank and before a parameter changes, listing by name
+    every missing, unexpected and mis-shaped tensor and every truncated file.
+    """
+    folder = find_iteration(directory)
+    metadata, content = _read_metadata(folder)
+    state = _state(chunks, content, optimizer, is_loading=True)
+    wanted = _wanted(state)
+    _raise_together(_mismatches(folder, metadata, wanted, ignored, with_optimizer=optimizer is not None))
+    _clear_new_padding(state, metadata)
+    loaded = cast(
+        dict[str, Any],
+        _together(
+            f"{folder}: the checkpoint could not be read",
+            lambda: dist_checkpointing.load(state, str(folder)),
+        ),
+    )
+    _together(
+        f"{folder}: the checkpoint could not be loaded",
+        lambda: _apply(chunks, loaded, content, optimizer, scheduler),
+    )
+    return int(loaded.get("iteration", 0))
+
+
+def _model_keys(chunks: Sequence[MegatronModule]) -> list[str]:
+    """Megatron-LM's names of a rank's models in the state."""
+    return ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
+
+
+def _state(
+    chunks: Sequence[MegatronModule], content: Mapping[str, Any], optimizer: Any, *, is_loading: bool
+) -> dict[str, Any]:
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    metadata = {**content, "dp_cp_group": group}
+    state: dict[str, Any] = {
+        name: chunk.sharded_state_dict(metadata=metadata)
+        for name, chunk in zip(_model_keys(chunks), chunks, strict=True)
+    }
+    if optimizer is not None:
+        with _whole_buckets(optimizer, content):
+            state["optimizer"] = optimizer.sharded_state_dict(
+                dict(state), is_loading=is_loading, metadata=metadata
+            )
+    return state
+
+
+def _is_fully_reshardable(content: Mapping[str, Any]) -> bool:
+    key = "distrib_optim_sharding_type"
+    return content.get(key) == _CONTENT[key]
+
+
+@contextmanager
+def _whole_buckets(optimizer: Any, content: Mapping[str, Any]) -> Generator[None]:
+    """Let Megatron count the padding at the end of each gradient bucket while it lays out optimizer state.
+
+    Megatron 0.16.1 joins the buckets without their padding, but looks every parameter up at its place with the
+    padding: after a padded bucket that is not the last, all parameters get the state and the weights of
+    others. It happens with tied embeddings under pipeline parallelism (they have a bucket of their own) and
+    with several buckets. Needed until numel_unpadded and param_index_map agree (Megatron's issue 504).
+    """
+    parts = optimizer.chained_optimizers if _is_fully_reshardable(content) else ()
+    buffers = [buffer for part in parts if isinstance(part, DistributedOptimizer) for buffer in part.buffers]
+    counted: list[Any] = [*buffers, *(bucket for buffer in buffers for bucket in buffer.buckets)]
+    before = [each.numel_unpadded for each in counted]
+    try:
+        for buffer in buffers:
+            buffer.numel_unpadded = buffer.numel
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()
+        yield
+    finally:
+        for each, count in zip(counted, before, strict=True):
+            each.numel_unpadded = count
+
+
+def _read_metadata(folder: Path) -> tuple[Metadata, dict[str, Any]]:
+    """What the checkpoint says it holds, and under which settings of Megatron it was made."""
+
+    def read() -> tuple[Metadata, dict[str, Any]]:
+        content = dist_checkpointing.load_content_metadata(str(folder)) or _CONTENT
+        return FileSystemReader(folder).read_metadata(), dict(content)
+
+    return _together(f"{folder}: .metadata, metadata.json or common.pt is missing or damaged", read)
+
+
+def _sharded(state: Any) -> Iterator[ShardedTensor]:
+    match state:
+        case ShardedTensor():
+            yield state
+        case dict():
+            for value in state.values():
+                yield from _sharded(value)
+        case list():
+            for value in state:
+                yield from _sharded(value)
+        case dist_checkpointing.mapping.ShardedTensorFactory():
+            yield from _sharded(state.build())
+        case _:
+            return
+
+
+def _wanted(state: Mapping[str, Any]) -> _Wanted:
+    tensors = list(_sharded(dict(state)))
+    return _Wanted(
+        shapes={tensor.key: tuple(tensor.global_shape) for tensor in tensors},
+        padded=frozenset(tensor.key for tensor in tensors if tensor.allow_shape_mismatch),
+    )
+
+
+def _stored_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
+    return {
+        key: tuple(entry.size)
+        for key, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def _mismatches(
+    folder: Path, metadata: Metadata, wanted: _Wanted, ignored: Sequence[str], *, with_optimizer: bool
+) -> str | None:
+    """Everything that keeps the checkpoint from being loaded into the models of all ranks, or None."""
+    stored = _stored_shapes(metadata)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, wanted)
+    shapes = {key: shape for each in everyone for key, shape in each.shapes.items()}
+    padded = {key for each in everyone for key in each.padded}
+    skipped = (*ignored, *(() if with_optimizer else _STATE))
+    if with_optimizer and not any(key.startswith(_STATE) for key in stored):
+        return f"{folder} has no optimizer state; load it without, or save with it"
+    lines = [f"missing: {key} {list(shape)}" for key, shape in shapes.items() if key not in stored]
+    lines += [
+        f"unexpected: {key} {list(shape)}"
+        for key, shape in stored.items()
+        if key not in shapes and not key.startswith(skipped)
+    ]
+    lines += [
+        f"{key} is {list(stored[key])} in the checkpoint, {list(shape)} in the model"
+        for key, shape in shapes.items()
+        if key in stored and not _fits(stored[key], shape, key in padded)
+    ]
+    if lines:
+        return f"{folder} does not fit the model:\n  " + "\n  ".join(sorted(lines))
+    return _truncated(folder, metadata)
+
+
+def _fits(stored: tuple[int, ...], shape: tuple[int, ...], padded: bool) -> bool:
+    return stored == shape or (padded and stored[1:] == shape[1:])
+
+
+def _truncated(folder: Path, metadata: Metadata) -> str | None:
+    ends: dict[str, int] = {}
+    for place in metadata.storage_data.values():
+        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    lines: list[str] = []
+    for file, end in sorted(ends.items()):
+        path = folder / file
+        if not path.is_file():
+            lines.append(f"{path} is missing")
+        elif path.stat().st_size < end:
+            lines.append(f"{path} is truncated: {path.stat().st_size} bytes of {end}")
+    return "\n".join(lines) or None
+
+
+@torch.no_grad()
+def _clear_new_padding(state: Mapping[str, Any], metadata: Metadata) -> None:
+    # Megatron leaves rows that the checkpoint does not have as they are: here that is unwritten memory.
+    stored = _stored_shapes(metadata)
+    for tensor in _sharded(dict(state)):
+        if (
+            tensor.data is not None
+            and tensor.allow_shape_mismatch
+            and stored[tensor.key] != tuple(tensor.global_shape)
+        ):
+            tensor.data.zero_()
+
+
+def _apply(
+    chunks: Sequence[MegatronModule],
+    loaded: Mapping[str, Any],
+    content: Mapping[str, Any],
+    optimizer: Any,
+    scheduler: Any,
+) -> None:
+    for name, chunk in zip(_model_keys(chunks), chunks, strict=True):
+        chunk.load_state_dict(loaded[name])
+    if optimizer is not None:
+        state = loaded["optimizer"]
+        fully = _is_fully_reshardable(content)
+        optimizer.load_state_dict(_regrouped(optimizer, state) if fully else state)
+    if scheduler is not None:
+        # Megatron adds the loaded number of steps to the present one.
+        scheduler.num_steps = 0
+        scheduler.load_state_dict(loaded["opt_param_scheduler"])
+
+
+def _regrouped(optimizer: Any, loaded: dict[Any, Any]) -> dict[Any, Any]:
+    """Loaded optimizer state in the form that this rank's optimizer takes.
+
+    Megatron 0.16.1 has one optimizer, or with expert parallelism a second one for experts, and saves the
+    settings of parameter groups in that form. The tensors come in the present form, the settings in the saved.
+    """
+    parts = optimizer.chained_optimizers
+    if not all(isinstance(part, DistributedOptimizer) for part in parts):
+        return loaded
+    forms = [loaded, *(value for key, value in loaded.items() if isinstance(key, int))]
+    saved = [group for form in forms if "optimizer" in form for group in form["optimizer"]["param_groups"]]
+    states: list[dict[Any, Any]] = []
+    for number, part in enumerate(parts):
+        own = loaded if len(parts) == 1 else loaded[number]
+        groups = [_saved_group(group, saved) for group in part.optimizer.param_groups]
+        states.append(
+            {
+                "optimizer": {"param_groups": groups},
+                "param_state": own["param_state"],
+                "param_state_sharding_type": _CONTENT["distrib_optim_sharding_type"],
+            }
+        )
+    return states[0] if len(states) == 1 else dict(enumerate(states))
+
+
+def _saved_group(group: Mapping[str, Any], saved: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The saved settings of a parameter group, from one of other parameters where experts had no group."""
+    wanted = {key: group[key] for key in ("wd_mult", "lr_mult", "is_decoupled_lr")}
+    alike = [each for each in saved if all(each[key] == value for key, value in wanted.items())]
+    same = [each for each in alike if each["is_expert_parallel"] == group["is_expert_parallel"]]
+    if not alike:
+        raise MegatronCheckpointError(f"optimizer state: no saved parameter group has {wanted}")
+    return {**(same or alike)[0], "is_expert_parallel": group["is_expert_parallel"]}
+
+
+def _make_empty(partial: Path) -> None:
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+
+
+def _publish(partial: Path, final: Path, iteration: int) -> None:
+    replace_directory(partial, final)
+    write_latest(final.parent, iteration)
+
+
+def _on_rank_0(message: str, action: Callable[[], None]) -> None:
+    """Run `action` on rank 0; no rank goes on before it is done, and all learn of its failure."""
+    _together(message, action if dist.get_rank() == 0 else lambda: None)
+
+
+def _together(message: str, action: Callable[[], T]) -> T:
+    """Run `action` on every rank. Raises MegatronCheckpointError on all of them when it fails on one."""
+    try:
+        result = action()
+    # Megatron and the unpickler raise anything; a rank that just left would keep the others waiting.
+    except Exception as error:
+        _raise_together(f"{message}: {error!r}")
+        raise
+    _raise_together(None)
+    return result
+
+
+def _raise_together(problem: str | None) -> None:
+    """Raises MegatronCheckpointError on every rank when any of them has a problem."""
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    found = list(dict.fromkeys(text for text in problems if text is not None))
+    if found:
+        raise MegatronCheckpointError("\n".join(found))
