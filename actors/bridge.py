@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -13,7 +12,7 @@ from actors import deadline
 from actors.engine_group import EngineGroup
 from actors.placement import Reservation
 from actors.trainer import TrainerGroup
-from bridge.layouts import region_numel, slices
+from bridge.exchange import message_bytes, unpack_bucket
 from bridge.plan import Bucket, Plan
 from bridge.transport.gloo import GlooGroup, bucket_views, connect, free_port
 from configs.schema import RunConfig
@@ -77,15 +76,9 @@ class Bridge:
         buffer = torch.empty(bucket.nbytes, dtype=torch.uint8)
         views = dict(bucket_views(buffer, bucket))
         for rank in self._plan.owners(bucket):
-            pieces = self._plan.owned(bucket, rank)
-            sizes = [region_numel(piece.region) * views[piece.tensor].itemsize for piece in pieces]
-            message = torch.empty(sum(sizes), dtype=torch.uint8)
+            message = torch.empty(message_bytes(self._plan, bucket, rank), dtype=torch.uint8)
             self._trainers.recv(message, rank + 1)
-            for piece, part in zip(pieces, message.split(sizes), strict=True):
-                target = views[piece.tensor][slices(piece.region)]
-                # A part may begin at an odd offset of the message, where a typed view is not allowed.
-                aligned = part if part.storage_offset() % target.itemsize == 0 else part.clone()
-                target.copy_(aligned.view(target.dtype).view(target.shape))
+            unpack_bucket(message, self._plan, bucket, rank, views)
         return buffer
 
 
@@ -96,19 +89,18 @@ class WeightBridge:
         self,
         config: RunConfig,
         reservation: Reservation,
-        plan: Plan,
         trainers: TrainerGroup,
         engines: EngineGroup,
-        checkpoint: Path,
     ) -> None:
         """Start the bridge, give everyone the plan, connect the groups, within cluster.start_timeout_s."""
         self._timeout_s = config.cluster.step_timeout_s
         self._trainers = trainers
         self._engines = engines
+        plan = trainers.plan
         buckets = plan.buckets(int(config.bridge.bucket_size_mb * (1 << 20)))
         options: Mapping[str, Any] = reservation.options("bridge", 0)
         self._bridge: Any = ray.remote(Bridge).options(**options).remote(plan, buckets)
-        trainers.follow(plan, checkpoint, buckets)
+        trainers.follow(buckets)
         self._connect(config, buckets)
 
     def _connect(self, config: RunConfig, buckets: Sequence[Bucket]) -> None:

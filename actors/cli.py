@@ -1,4 +1,4 @@
-"""The command line: `bascule grpo|sft|plan|make-model`. The only module that prints."""
+"""The command line: `bascule grpo|sft|plan|export|infer|make-model`. The only module that prints."""
 
 import argparse
 import json
@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from tqdm import tqdm
 
 from configs.errors import BasculeError
+from configs.export import ExportConfig, InferConfig
 from configs.load import dump_config, load_config, load_settings
 from configs.options import describe_options
+from configs.plan import PlanConfig
 from configs.schema import RunConfig
 
 _RUNS = {
@@ -65,10 +68,21 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, text in _RUNS.items():
-        command = _add_run_command(commands, name, text)
+        command = _add_command(commands, name, text, RunConfig, "--config FILE")
         command.set_defaults(command_function=_run, algorithm=name)
-    plan = _add_run_command(commands, "plan", "check a run and print what it would start; starts nothing")
+    text = (
+        "check a run (--config FILE) and print what it would start, or, for a model alone (--model DIR "
+        "--world N), what each of N ranks would read, write and send; starts nothing"
+    )
+    plan = _add_command(commands, "plan", text, PlanConfig, "(--config FILE | --model DIR --world N)")
     plan.set_defaults(command_function=_plan)
+    text = "convert a model between Hugging Face safetensors and Megatron torch_dist, and test the result"
+    needed = "(--model DIR --to_mcore true | --mcore_model DIR --to_hf true) --output_dir DIR"
+    export = _add_command(commands, "export", text, ExportConfig, needed)
+    export.set_defaults(command_function=_export)
+    text = "answer one prompt with vLLM or transformers, to look at a model"
+    infer = _add_command(commands, "infer", text, InferConfig, "--model DIR --prompt TEXT")
+    infer.set_defaults(command_function=_infer)
     make = commands.add_parser(
         "make-model", help="make a small model directory without a hub", allow_abbrev=False
     )
@@ -84,13 +98,16 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, rest
 
 
-def _add_run_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+def _add_command(
+    commands: Any, name: str, text: str, schema: type[BaseModel], needed: str
+) -> argparse.ArgumentParser:
+    """A command whose options are those of `schema`; `needed` is the part of its usage that has no default."""
     command = commands.add_parser(
         name,
         help=text,
-        description=f"{text}\n\n{_EPILOG}\n\n{describe_options()}",
+        description=f"{text}\n\n{_EPILOG}\n\n{describe_options(schema)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=f"bascule {name} --config FILE [--section.key value ...]",
+        usage=f"bascule {name} {needed} [--section.key value ...]",
         allow_abbrev=False,
     )
     command.add_argument("--config", type=Path, metavar="FILE", help="a YAML file; see configs/")
@@ -117,6 +134,8 @@ def _install_seconds() -> dict[str, float]:
 
 
 def _plan(options: argparse.Namespace, rest: list[str]) -> int:
+    if options.config is None:
+        return _plan_model(rest)
     config = load_settings(RunConfig, options.config, rest)
     from actors.run import describe, prepare
 
@@ -124,6 +143,45 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> int:
     print(dump_config(config))
     for line in describe(config, prepared):
         print(line)
+    return 0
+
+
+def _plan_model(rest: list[str]) -> int:
+    config = load_settings(PlanConfig, None, rest)
+    from actors.megatron_cpu import install
+
+    install()
+    from actors.megatron_paper import plan_on_paper
+    from bridge.checkpoint import resolve_model
+    from bridge.plan import TORCH_DTYPES
+    from bridge.report import report_plan
+
+    dtype = None if config.torch_dtype is None else TORCH_DTYPES[config.torch_dtype]
+    paper = plan_on_paper(resolve_model(config.model, "model"), config.layout, dtype)
+    for line in report_plan(paper.plan, paper.claims, int(config.bucket_size_mb * (1 << 20))).lines():
+        print(line)
+    return 0
+
+
+def _export(options: argparse.Namespace, rest: list[str]) -> int:
+    config = load_settings(ExportConfig, options.config, rest)
+    from actors.export import export
+
+    result = export(config, Terminal())
+    print(f"result: {json.dumps(result)}")
+    return 0 if result["passed"] else 1
+
+
+def _infer(options: argparse.Namespace, rest: list[str]) -> int:
+    config = load_settings(InferConfig, options.config, rest)
+    from actors.infer import infer
+
+    def show(piece: str) -> None:
+        if config.stream:
+            print(piece, end="", flush=True)
+
+    answer = infer(config, show)
+    print("" if config.stream else answer)
     return 0
 
 

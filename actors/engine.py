@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, cast
 from algorithms.data import Finish, Group, Prompt, Rollout, SamplingSettings, float_row, int_row
 from bridge.transport.registry import OWNED_ENGINE
 from configs.errors import BasculeError
-from configs.schema import RunConfig
+from configs.schema import RolloutConfig, RunConfig
 
 LOG = logging.getLogger(__name__)
 
@@ -41,7 +41,10 @@ class EngineInfo:
 class Engine:
     """One vLLM engine, as an async Ray actor. Its core runs in a child process that ends with the actor."""
 
-    def __init__(self, name: str, model_path: str, config: RunConfig, device: str) -> None:
+    def __init__(
+        self, name: str, model_path: str, config: RunConfig, device: str, with_weights: bool = True
+    ) -> None:
+        self._load_format = "auto" if with_weights else "dummy"
         self._name = name
         self._model_path = model_path
         self._config = config
@@ -66,6 +69,7 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         arguments = engine_arguments(self._config, self._model_path, self._device)
+        arguments["load_format"] = self._load_format
         try:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
             await self._llm.update_weight_version(str(self._version))
@@ -213,16 +217,6 @@ class Engine:
 def engine_arguments(config: RunConfig, model_path: str, device: str) -> dict[str, Any]:
     """Arguments for vLLM's AsyncEngineArgs."""
     rollout = config.rollout
-    memory: dict[str, Any] = (
-        {"gpu_memory_utilization": rollout.gpu_memory_utilization}
-        if device == "cuda"
-        else {
-            "kv_cache_memory_bytes": rollout.kv_cache_memory_bytes,
-            # vLLM 0.32 rewinds the generator of a seeded request whose prompt it took in part, and torch's CPU
-            # generator cannot: the whole engine ends. Without chunks a prompt waits for a step it fits into.
-            "enable_chunked_prefill": False,
-        }
-    )
     return {
         "model": model_path,
         "dtype": config.model.torch_dtype,
@@ -235,7 +229,58 @@ def engine_arguments(config: RunConfig, model_path: str, device: str) -> dict[st
         "seed": config.seed,
         "weight_transfer_config": {"backend": "gloo"},
         "disable_log_stats": True,
-        **memory,
+        **_memory_arguments(rollout, device),
+    }
+
+
+def completion_arguments(model_path: str, device: str, dtype: str, length: int) -> dict[str, Any]:
+    """Arguments for an engine that completes one prompt, of `length` tokens with the completion."""
+    return {
+        "model": model_path,
+        "dtype": dtype,
+        "max_model_len": length,
+        "max_num_seqs": 1,
+        "enforce_eager": True,
+        "disable_log_stats": True,
+        **_memory_arguments(RolloutConfig(), device),
+    }
+
+
+async def stream_completion(
+    arguments: Mapping[str, Any], tokens: Sequence[int], *, max_tokens: int, temperature: float, seed: int
+) -> AsyncGenerator[str]:
+    """Text of one completion as it comes, from an engine that lives for it alone. Raises EngineError."""
+    from vllm import SamplingParams, TokensPrompt
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, seed=seed, output_kind=RequestOutputKind.DELTA
+    )
+    try:
+        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    except Exception as error:
+        raise EngineError(f"vLLM did not start with {arguments['model']}: {error!r}") from error
+    try:
+        async for answer in llm.generate(TokensPrompt(prompt_token_ids=list(tokens)), params, "1"):
+            yield answer.outputs[0].text
+    except Exception as error:
+        raise EngineError(f"vLLM failed with {arguments['model']}: {error!r}") from error
+    finally:
+        llm.shutdown()
+        # Its destructor fails once the interpreter is going down, and this frame can live until then.
+        del llm
+
+
+def _memory_arguments(rollout: RolloutConfig, device: str) -> dict[str, Any]:
+    if device == "cuda":
+        return {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+    return {
+        "kv_cache_memory_bytes": rollout.kv_cache_memory_bytes,
+        # vLLM 0.32 rewinds the generator of a seeded request whose prompt it took in part, and torch's CPU
+        # generator cannot: the whole engine ends. Without chunks a prompt waits for a step it fits into.
+        "enable_chunked_prefill": False,
     }
 
 

@@ -133,9 +133,17 @@ class EngineGroup:
 
 
 def create_engines(
-    config: RunConfig, model_path: str, placement_group: PlacementGroup, bundle_indices: Sequence[int]
+    config: RunConfig,
+    model_path: str,
+    placement_group: PlacementGroup,
+    bundle_indices: Sequence[int],
+    *,
+    with_weights: bool = True,
 ) -> EngineGroup:
-    """One engine in each of the bundles; `start` and `ready` make them sample, with weight version 0."""
+    """One engine in each of the bundles; `start` and `ready` make them sample, with weight version 0.
+
+    Without weights they start with random ones and have to be sent a version before they sample.
+    """
     device = resolve_device(config.model.device)
     environment = engine_environment(model_path, device, config.cluster.cpus_per_engine)
     engines = [
@@ -151,7 +159,7 @@ def create_engines(
             ),
             runtime_env={"env_vars": environment},
         )
-        .remote(f"engine {index}", model_path, config, device)
+        .remote(f"engine {index}", model_path, config, device, with_weights)
         for index, bundle in enumerate(bundle_indices)
     ]
     return EngineGroup(engines, config.rollout.max_num_seqs, config.cluster.step_timeout_s)

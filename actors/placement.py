@@ -8,6 +8,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from configs.errors import BasculeError
+from configs.export import ExportConfig
 from configs.schema import RunConfig
 
 _GIB = 1 << 30
@@ -88,6 +89,19 @@ def bundles_of(config: RunConfig, num_parameters: int, device: str) -> tuple[Bun
         Bundle(owner="reward", cpus=_SMALL_CPUS, gpus=0, memory=_GIB // 2),
     ]
     return (*ranks, *[engine] * rollout.num_engines, *small)
+
+
+def export_bundles(config: ExportConfig, num_bytes: int, device: str) -> tuple[Bundle, ...]:
+    """The bundles of an export: its ranks, each with a share of the model's `num_bytes`."""
+    layout = config.layout
+    share = num_bytes // (layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size)
+    rank = Bundle(
+        owner="export",
+        cpus=config.cluster.cpus_per_trainer_rank,
+        gpus=1 if device == "cuda" else 0,
+        memory=_GIB + share,
+    )
+    return (rank,) * layout.world_size
 
 
 def reserve(bundles: Sequence[Bundle], *, timeout_s: float, can_grow: bool) -> Reservation:

@@ -2,27 +2,26 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from actors.cluster import connect
 from actors.env import check_one_source, resolve_device
 from actors.metrics import Console, RunRecorder, finite_or_none, plot_curve
+from actors.model_source import ModelSource, count_parameters, find_model
 from actors.placement import Bundle, Reservation, bundles_of, reserve
+from actors.trainer import TrainerGroup
 from algorithms import grpo, sft
 from algorithms.data import Prompt, TrainSample
 from algorithms.datasets import make_prompts, make_sft_samples, read_rows
 from algorithms.prompts import PromptStream
 from algorithms.rewards.loading import Reward, check_arguments, load_rewards
 from algorithms.roles import Roles
-from bridge.checkpoint import CheckpointReader, resolve_model
 from bridge.families import spec_of
-from bridge.plan import TensorInfo
-from bridge.rules import MegatronSpec, check_layout
+from bridge.fit import check_layout
+from bridge.rules import MegatronSpec
 from configs.errors import BasculeError, ConfigError
 from configs.load import dump_config
 from configs.schema import RunConfig
@@ -32,10 +31,10 @@ from configs.schema import RunConfig
 class Prepared:
     """A run that has passed every check that needs no cluster."""
 
-    model_dir: Path
-    ref_model_dir: Path | None
+    source: ModelSource
+    reference: ModelSource | None
     spec: MegatronSpec
-    tensors: Mapping[str, TensorInfo]
+    num_parameters: int
     device: str
     bundles: tuple[Bundle, ...]
     prompts: tuple[Prompt, ...]
@@ -48,11 +47,11 @@ def prepare(config: RunConfig) -> Prepared:
     """Check model, layout, data and rewards. Raises BasculeError about the first thing that is wrong."""
     check_one_source()
     device = resolve_device(config.model.device)
-    model_dir = resolve_model(config.model.model)
+    source = find_model(config.model.model, config.model.mcore_model, "model.model")
+    model_dir = source.directory
     _, spec = spec_of(model_dir)
     check_layout(spec, config.trainer)
-    with CheckpointReader(model_dir) as reader:
-        tensors = dict(reader.tensors)
+    num_parameters = count_parameters(source)
     is_grpo = config.algorithm == "grpo"
     tokenizer = _tokenizer(model_dir)
     rows = read_rows(config.data, "train", config.seed)
@@ -70,12 +69,11 @@ def prepare(config: RunConfig) -> Prepared:
     for columns in {frozenset(prompt.columns) for prompt in [*prompts, *held_out]}:
         for reward in rewards:
             check_arguments(reward, columns)
-    num_parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())
     return Prepared(
-        model_dir=model_dir.resolve(),
-        ref_model_dir=_reference(config, spec) if is_grpo else None,
+        source=source,
+        reference=_reference(config, source, spec) if is_grpo else None,
         spec=spec,
-        tensors=tensors,
+        num_parameters=num_parameters,
         device=device,
         bundles=bundles_of(config, num_parameters, device),
         prompts=tuple(prompts),
@@ -85,21 +83,23 @@ def prepare(config: RunConfig) -> Prepared:
     )
 
 
-def _reference(config: RunConfig, spec: MegatronSpec) -> Path | None:
-    """The directory of the reference, if the run has one; it must be able to score the policy's tokens."""
+def _reference(config: RunConfig, policy: ModelSource, spec: MegatronSpec) -> ModelSource | None:
+    """The reference, if the run has one; it must be able to score the policy's tokens."""
+    model = config.model
+    given = model.ref_model is not None or model.mcore_ref_model is not None
     if config.grpo.beta == 0:
-        if config.model.ref_model:
+        if given:
             raise ConfigError("model.ref_model: is not used while grpo.beta is 0; set beta or leave it out")
         return None
-    directory = resolve_model(config.model.ref_model or config.model.model, option="model.ref_model")
-    _, ref_spec = spec_of(directory)
+    source = find_model(model.ref_model, model.mcore_ref_model, "model.ref_model") if given else policy
+    _, ref_spec = spec_of(source.directory)
     check_layout(ref_spec, config.trainer)
     if ref_spec.vocab_size != spec.vocab_size:
         raise ConfigError(
-            f"model.ref_model: {directory} has {ref_spec.vocab_size} tokens in its "
+            f"model.ref_model: {source.directory} has {ref_spec.vocab_size} tokens in its "
             f"vocabulary, the model {spec.vocab_size}"
         )
-    return directory.resolve()
+    return source
 
 
 def _check_length(prompt: Prompt, config: RunConfig, spec: MegatronSpec) -> None:
@@ -162,25 +162,31 @@ def _run_grpo(
     from actors.bridge import WeightBridge
     from actors.engine_group import create_engines
     from actors.reward_worker import create_reward_group
-    from actors.trainer import TrainerGroup, plan_of
 
     start = time.monotonic()
+    source = prepared.source
     engines = create_engines(
-        config, str(prepared.model_dir), reservation.group, reservation.indices("engine")
+        config,
+        str(source.directory),
+        reservation.group,
+        reservation.indices("engine"),
+        with_weights=source.mcore is None,
     )
     # Both take a good part of a minute on a small machine; neither needs the other.
     starting = engines.start()
-    trainers = TrainerGroup(config, reservation, prepared.device, prepared.model_dir, prepared.ref_model_dir)
+    trainers = TrainerGroup(config, reservation, prepared.device, source, prepared.reference, directory)
+    _warn(trainers.warnings, console)
     engines.ready(starting, config.cluster.start_timeout_s)
-    plan = plan_of(trainers, prepared.tensors, _dtype(config))
-    weights = WeightBridge(config, reservation, plan, trainers, engines, directory / "checkpoint")
+    weights = WeightBridge(config, reservation, trainers, engines)
+    if source.mcore is not None:
+        weights.sync(0)
     judge = create_reward_group(config, reservation.group, reservation.indices("reward")[0])
     console.line(f"trainers, engines and bridge are up after {time.monotonic() - start:.1f}s")
     roles = Roles(trainer=trainers, sampler=engines, judge=judge, weights=weights, recorder=recorder)
     prompts = PromptStream(prepared.prompts, seed=config.seed, shuffle=config.data.shuffle)
     with recorder:
         grpo.train(config, roles, prompts, prepared.held_out)
-    trainers.save()
+    trainers.save_last()
     judge.close()
 
 
@@ -192,22 +198,27 @@ def _run_sft(
     directory: Path,
     console: Console,
 ) -> None:
-    from actors.trainer import TrainerGroup, plan_of
 
     start = time.monotonic()
-    trainers = TrainerGroup(config, reservation, prepared.device, prepared.model_dir, None)
-    trainers.follow(plan_of(trainers, prepared.tensors, _dtype(config)), directory / "checkpoint", ())
+    trainers = TrainerGroup(config, reservation, prepared.device, prepared.source, None, directory)
+    _warn(trainers.warnings, console)
     console.line(f"trainers are up after {time.monotonic() - start:.1f}s")
     samples = PromptStream(prepared.samples, seed=config.seed, shuffle=config.data.shuffle)
     with recorder:
         sft.train(config, trainers, samples, recorder)
-    trainers.save()
+    trainers.save_last()
+
+
+def _warn(warnings: Sequence[str], console: Console) -> None:
+    for warning in warnings:
+        console.line(f"warning: {warning}")
 
 
 def _make_directory(config: RunConfig, prepared: Prepared) -> Path:
     """The run directory, with the resolved config in it. Raises ConfigError when it holds a run already."""
     directory = config.output_dir.resolve()
-    if directory / "checkpoint" in (prepared.model_dir, prepared.ref_model_dir):
+    sources = [source for source in (prepared.source, prepared.reference) if source is not None]
+    if directory / "checkpoint" in {path for source in sources for path in (source.directory, source.mcore)}:
         raise ConfigError(
             f"output_dir: {directory} would replace the checkpoint that the run starts from; choose another"
         )
@@ -233,18 +244,14 @@ def _tokenizer(model_dir: Path) -> Any:
         raise ConfigError(f"{model_dir}: no tokenizer can be loaded: {error!r}") from error
 
 
-def _dtype(config: RunConfig) -> torch.dtype:
-    return torch.bfloat16 if config.model.torch_dtype == "bfloat16" else torch.float32
-
-
 def describe(config: RunConfig, prepared: Prepared) -> Sequence[str]:
     """What the run would start and where, line by line."""
     from actors.placement import describe as describe_bundles
 
     trainer = config.trainer
     lines = [
-        f"model: {prepared.model_dir} ({prepared.spec.num_layers} layers, "
-        f"{sum(info.nbytes for info in prepared.tensors.values()) / 1e6:.1f} MB), device {prepared.device}",
+        f"model: {prepared.source.mcore or prepared.source.directory} ({prepared.spec.num_layers} layers, "
+        f"{prepared.num_parameters / 1e6:.1f} M parameters), device {prepared.device}",
         f"trainer: {trainer.world_size} ranks = tensor {trainer.tensor_model_parallel_size} x pipeline "
         f"{trainer.pipeline_model_parallel_size} x data {trainer.data_parallel_size}",
     ]

@@ -1,115 +1,88 @@
 """Trainer ranks: Ray actors that each host one Megatron rank, and the group that drives them."""
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-import ray
 import torch
 
 from actors import deadline
-from actors.env import check_one_source
+from actors.model_source import ModelSource, tensors_of, write_beside
 from actors.placement import Reservation
+from actors.ranks import free_address, join, start_ranks
 from algorithms.data import Batch, FloatRow, MicroBatch, StepResult
-from bridge.checkpoint import CheckpointReader, CheckpointWriter
-from bridge.layouts import slices
-from bridge.plan import Bucket, Piece, Plan, TensorInfo, build_plan
-from bridge.transport.gloo import GlooGroup, connect, free_port
+from bridge.exchange import pack_bucket
+from bridge.plan import TORCH_DTYPES, Bucket, Plan
+from bridge.transport.gloo import GlooGroup, connect
 from configs.schema import RunConfig
+from configs.sizes import parse_size
 
 if TYPE_CHECKING:
     from actors.megatron_model import FrozenModel, MegatronModel
+    from actors.megatron_setup import Device
+    from bridge.model_bridge import ModelBridge
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Started:
+    """What a rank has to say once it holds the weights."""
+
+    plan: Plan
+    warnings: tuple[str, ...]
 
 
 class TrainerRank:
     """One Megatron rank. Heavy imports happen in `start`, after the CPU fixes are in place."""
 
-    def __init__(self, config: RunConfig, rank: int, device: str) -> None:
+    def __init__(self, config: RunConfig, device: str, rank: int) -> None:
         """Remembers only what it will be."""
         self._config = config
         self._rank = rank
         self._device = device
         self._model: MegatronModel
         self._reference: FrozenModel
-        self._parameters: Mapping[str, torch.nn.Parameter]
-        self._writer: CheckpointWriter
+        self._weights: ModelBridge
+        self._parameters: Mapping[str, torch.Tensor]
         self._plan: Plan
         self._bridge: GlooGroup
         self._buckets: tuple[Bucket, ...]
 
     def address(self) -> str:
         """A `tcp://` rendezvous that was free on this rank's node a moment ago."""
-        host = ray.util.get_node_ip_address()
-        return f"tcp://{host}:{free_port(host)}"
+        return free_address()
 
-    def start(self, address: str, model_dir: Path, ref_model_dir: Path | None) -> list[Piece]:
-        """Join the group, build and load the model; returns what this rank holds of the HF tensors."""
-        check_one_source()
-        if self._device == "cpu":
-            from actors.megatron_cpu import install
-
-            install()
-        from actors.megatron_model import FrozenModel, MegatronModel
-        from actors.megatron_setup import initialize_megatron
-        from bridge.families import spec_of
-        from bridge.megatron import named_parameters
-
-        initialize_megatron(
-            self._config.trainer,
+    def start(self, address: str, source: ModelSource, reference: ModelSource | None) -> Started:
+        """Join the group, build and load the model; returns the plan of its weights, the same on every rank."""
+        config, device = self._config, cast("Device", self._device)
+        join(
+            config.trainer,
+            config.cluster,
             rank=self._rank,
-            world_size=self._config.trainer.world_size,
-            init_method=address,
-            timeout_s=self._config.cluster.collective_timeout_s,
-            seed=self._config.seed,
-            device=self._device,  # pyright: ignore[reportArgumentType]
+            address=address,
+            device=device,
+            seed=config.seed,
         )
-        pieces: list[Piece] = []
+        from actors.megatron_model import FrozenModel, MegatronModel
+        from bridge.megatron import named_parameters
+        from bridge.model_bridge import ModelBridge
 
-        def load_from(directory: Path, claims: list[Piece]) -> Callable[[list[torch.nn.Module]], None]:
-            return lambda chunks: claims.extend(self._load(chunks, directory))
-
-        _, spec = spec_of(model_dir)
-        self._model = MegatronModel(
-            self._config,
-            spec,
-            device=self._device,  # pyright: ignore[reportArgumentType]
-            load=load_from(model_dir, pieces),
-        )
-        if ref_model_dir is not None:
-            _, ref_spec = spec_of(ref_model_dir)
-            self._reference = FrozenModel(
-                self._config,
-                ref_spec,
-                device=self._device,  # pyright: ignore[reportArgumentType]
-                load=load_from(ref_model_dir, []),
-            )
+        self._weights = ModelBridge(source.directory, tensors_of(source))
+        warnings: list[str] = []
+        load = partial(_load, self._weights, source, warnings)
+        self._model = MegatronModel(config, self._weights.spec, device=device, load=load)
+        if reference is not None:
+            bridge = ModelBridge(reference.directory, tensors_of(reference))
+            load = partial(_load, bridge, reference, warnings)
+            self._reference = FrozenModel(config.trainer, self._dtype, bridge.spec, device=device, load=load)
         self._parameters = named_parameters(self._model.chunks)
-        return pieces
+        self._plan = self._weights.plan(self._model.chunks, self._dtype)
+        return Started(plan=self._plan, warnings=tuple(warnings))
 
-    def _load(self, chunks: list[torch.nn.Module], directory: Path) -> list[Piece]:
-        from bridge.families import spec_of
-        from bridge.megatron import check_all_read, claim_pieces, load_pieces, named_parameters
-
-        family, spec = spec_of(directory)
-        layout = self._config.trainer
-        with CheckpointReader(directory) as reader:
-            parameters = named_parameters(chunks)
-            pieces = claim_pieces(
-                family,
-                spec,
-                parameters,
-                reader.tensors,
-                rank=self._rank,
-                # Megatron numbers ranks with the tensor-parallel position fastest.
-                tensor_parallel_rank=self._rank % layout.tensor_model_parallel_size,
-                tensor_parallel_size=layout.tensor_model_parallel_size,
-            )
-            everyone: list[Any] = [None] * layout.world_size
-            torch.distributed.all_gather_object(everyone, {piece.tensor for piece in pieces})
-            check_all_read(family.to_read(spec, reader.tensors), set().union(*everyone))
-            load_pieces(parameters, reader, pieces)
-        return pieces
+    @property
+    def _dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self._config.model.torch_dtype]
 
     def step(self, micro_batches: Sequence[MicroBatch], num_loss_tokens: int) -> StepResult:
         """One optimizer step; the same result on every rank."""
@@ -124,11 +97,9 @@ class TrainerRank:
         model = self._reference if reference else self._model
         return model.logprobs(micro_batches, self._config.loss_temperature)
 
-    def follow(self, plan: Plan, checkpoint: Path, buckets: Sequence[Bucket]) -> None:
-        """Take the plan that all ranks share; from now on saving and sending need no more words."""
-        self._plan = plan
+    def follow(self, buckets: Sequence[Bucket]) -> None:
+        """Take the buckets of the plan; from now on sending needs no more words."""
         self._buckets = tuple(buckets)
-        self._writer = CheckpointWriter(checkpoint, plan.tensors)
 
     def connect_bridge(self, host: str, port: int) -> None:
         """Join the group of the bridge (rank 0) and all trainer ranks (their rank plus 1)."""
@@ -143,32 +114,44 @@ class TrainerRank:
     def send(self) -> None:
         """Send this rank's pieces to the bridge: one message for each bucket it owns a piece of."""
         for bucket in self._buckets:
-            pieces = self._plan.owned(bucket, self._rank)
-            if pieces:
-                self._bridge.send(self._message(pieces), 0)
+            message = pack_bucket(self._parameters, self._plan, bucket, self._rank)
+            if message is not None:
+                self._bridge.send(message, 0)
 
-    def _message(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        with torch.no_grad():
-            parts = [self._value(piece).contiguous().view(-1).view(torch.uint8) for piece in pieces]
-            return torch.cat(parts).cpu()
+    def save(self, directory: Path, iteration: int) -> None:
+        """Write a checkpoint as the config says; every rank does it together."""
+        settings = self._config.checkpoint
+        if settings.save_safetensors:
+            self._weights.save(
+                self._model.chunks,
+                directory,
+                torch_dtype=self._dtype,
+                max_shard_size=parse_size(settings.max_shard_size),
+            )
+            return
+        from actors.megatron_checkpoint import save_torch_dist
 
-    def _value(self, piece: Piece) -> torch.Tensor:
-        return self._parameters[piece.parameter].detach()[slices(piece.local_region)]
-
-    def prepare_save(self) -> None:
-        """Create the checkpoint's files. One rank does it."""
-        self._writer.prepare()
-
-    def save(self) -> None:
-        """Write this rank's pieces. Every rank does it."""
-        owned = (
-            piece for pieces in self._plan.pieces.values() for piece in pieces if piece.rank == self._rank
+        whole = not settings.no_save_optim
+        save_torch_dist(
+            self._model.chunks,
+            directory,
+            optimizer=self._model.optimizer if whole else None,
+            scheduler=self._model.scheduler if whole else None,
+            iteration=iteration,
         )
-        self._writer.write((piece.tensor, piece.region, self._value(piece)) for piece in owned)
+        if self._rank == 0:
+            write_beside(directory, self._weights.directory, self._weights.tensors)
 
-    def finish_save(self, source: Path) -> None:
-        """Add the files around the weights and rename the checkpoint into place. One rank does it."""
-        self._writer.finish(source)
+
+def _load(bridge: "ModelBridge", source: ModelSource, warnings: list[str], chunks: list[Any]) -> None:
+    if source.mcore is None:
+        nan = bridge.load(chunks).nan
+        if nan:
+            warnings.append(f"{source.directory}: not all values are numbers in {', '.join(nan)}")
+        return
+    from actors.megatron_checkpoint import load_torch_dist
+
+    load_torch_dist(chunks, source.mcore)
 
 
 class TrainerGroup:
@@ -179,29 +162,25 @@ class TrainerGroup:
         config: RunConfig,
         reservation: Reservation,
         device: str,
-        model_dir: Path,
-        ref_model_dir: Path | None,
+        source: ModelSource,
+        reference: ModelSource | None,
+        directory: Path,
     ) -> None:
-        """Start the ranks and load the weights, within cluster.start_timeout_s."""
+        """Start the ranks and load the weights, within cluster.start_timeout_s. Saves go under `directory`."""
         self._config = config
-        self._model_dir = model_dir
+        self._directory = directory
         self.size = config.trainer.world_size
         self._names = [f"trainer rank {rank}" for rank in range(self.size)]
-        rank_class = ray.remote(TrainerRank)
-        env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        self.ranks: list[Any] = [
-            rank_class.options(**reservation.options("trainer", rank), runtime_env={"env_vars": env}).remote(
-                config, rank, device
-            )
-            for rank in range(self.size)
-        ]
+        self.ranks = start_ranks(TrainerRank, reservation, "trainer", self.size, (config, device))
         timeout_s = config.cluster.start_timeout_s
         address = deadline.get(
             self.ranks[0].address.remote(), self._names[0], timeout_s=timeout_s, phase="start of the trainer"
         )
-        self.pieces: list[list[Piece]] = self._all(
-            [rank.start.remote(address, model_dir, ref_model_dir) for rank in self.ranks], "load", timeout_s
+        started: list[Started] = self._all(
+            [rank.start.remote(address, source, reference) for rank in self.ranks], "load", timeout_s
         )
+        self.plan = started[0].plan
+        self.warnings = started[0].warnings
 
     def step(self, batch: Batch) -> StepResult:
         """One optimizer step on every rank."""
@@ -219,10 +198,9 @@ class TrainerGroup:
         """The same under the reference."""
         return self._logprobs(batch, reference=True)
 
-    def follow(self, plan: Plan, checkpoint: Path, buckets: Sequence[Bucket]) -> None:
-        """Give the plan to every rank."""
-        shared = ray.put(plan)
-        self._all([rank.follow.remote(shared, checkpoint, buckets) for rank in self.ranks], "plan")
+    def follow(self, buckets: Sequence[Bucket]) -> None:
+        """Give the buckets of the plan to every rank."""
+        self._all([rank.follow.remote(buckets) for rank in self.ranks], "plan")
 
     def connect_bridge(self, host: str, port: int) -> list[Any]:
         """Refs of the ranks joining the bridge's group; it forms when the bridge joins too."""
@@ -237,11 +215,18 @@ class TrainerGroup:
         """What to call the ranks in messages."""
         return self._names
 
-    def save(self) -> None:
-        """Write the HF checkpoint that `follow` named: safetensors, config, tokenizer."""
-        self._all([self.ranks[0].prepare_save.remote()], "save: create files")
-        self._all([rank.save.remote() for rank in self.ranks], "save: write")
-        self._all([self.ranks[0].finish_save.remote(self._model_dir)], "save: finish")
+    def save(self, step: int) -> None:
+        """Write `checkpoint-STEP` into the run directory."""
+        self._save(self._directory / f"checkpoint-{step}", step)
+
+    def save_last(self) -> Path:
+        """Write `checkpoint`, the end of the run; returns its path."""
+        directory = self._directory / "checkpoint"
+        self._save(directory, self._config.optimizer_steps)
+        return directory
+
+    def _save(self, directory: Path, iteration: int) -> None:
+        self._all([rank.save.remote(directory, iteration) for rank in self.ranks], f"save of {directory}")
 
     def _replica(self, rank: int) -> int:
         """Data-parallel position: between the tensor-parallel one and the pipeline stage."""
@@ -264,12 +249,3 @@ class TrainerGroup:
             timeout_s=timeout_s or self._config.cluster.step_timeout_s,
             phase=phase,
         )
-
-
-def plan_of(group: TrainerGroup, tensors: Mapping[str, TensorInfo], dtype: torch.dtype) -> Plan:
-    """The plan of the group's weights as HF tensors of `dtype`, in layer order."""
-    from bridge.megatron import hf_order
-
-    claims = [piece for pieces in group.pieces for piece in pieces]
-    infos = [TensorInfo(name=name, dtype=dtype, shape=tensors[name].shape) for name in hf_order(claims)]
-    return build_plan(infos, claims)

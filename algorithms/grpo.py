@@ -47,6 +47,8 @@ def train(config: RunConfig, roles: Roles, prompts: PromptStream[Prompt], held_o
         metrics["groups/zero_variance_ratio"] = 1 - len(kept) / len(scored)
         metrics["tokens_per_second"] = _tokens(scored) / metrics["time/step"]
         roles.recorder.step(step, metrics)
+        if config.saves_at(step):
+            roles.trainer.save(step)
         if step == config.max_steps or (config.eval_steps and step % config.eval_steps == 0):
             roles.recorder.evaluation(step, *evaluate(roles.sampler, roles.judge, held_out, config.grpo))
 

@@ -28,6 +28,10 @@ class Trainer(Protocol):
         """The same under the reference."""
         ...
 
+    def save(self, step: int) -> None:
+        """Write a checkpoint of this step."""
+        ...
+
 
 class Sampler(Protocol):
     """Rollout engines."""

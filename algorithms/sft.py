@@ -35,3 +35,5 @@ def train(
                 **times,
             },
         )
+        if config.saves_at(step):
+            trainer.save(step)

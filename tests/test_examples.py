@@ -1,17 +1,23 @@
 """What the repository shows to a user works: its configs, its example rewards, the commands in its README."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from actors.tiny_model import build_tiny_model, write_arithmetic
 from algorithms.data import Group, Prompt, Rollout, float_row, int_row
 from algorithms.rewards.loading import load_rewards
 from algorithms.rewards.scoring import score_group
-from configs.load import load_config
+from configs.export import ExportConfig, InferConfig
+from configs.load import load_config, load_settings
+from configs.plan import PlanConfig
 from configs.schema import RewardConfig
 
 ROOT = Path(__file__).parents[1]
@@ -36,16 +42,46 @@ def test_commands_of_the_readme_name_real_commands_and_options() -> None:
     commands = re.findall(
         r"^(?:ray job submit .* -- python -m actors\.cli|bascule) (.*?)(?: +#.*)?$", README, re.M
     )
-    assert len(commands) >= 5
+    assert len(commands) >= 9
+    schemas = {"export": ExportConfig, "infer": InferConfig, "plan": PlanConfig}
     for command in commands:
         words = shlex.split(command)
         if "--help" in words or words[0] == "make-model":
+            continue
+        if "--config" not in words:
+            load_settings(schemas[words[0]], None, words[1:])
             continue
         path = words[words.index("--config") + 1]
         rest = [word for word in words[1:] if word not in ("--config", path)]
         algorithm = yaml.safe_load((ROOT / path).read_text())["algorithm"]
         config = load_config(ROOT / path, rest, algorithm)
         assert words[0] in (config.algorithm, "plan")
+
+
+@pytest.mark.megatron
+def test_the_python_lines_of_the_readme_load_export_and_save(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    (code,) = re.findall(r"```python\n(from actors.*?)```", README, re.S)
+    source = tmp_path / "runs/tiny/base"
+    build_tiny_model(source, seed=42)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    before = load_file(source / "model.safetensors")
+    after = load_file(tmp_path / "runs/tiny/saved/model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    printed = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert printed == {name: str(tuple(tensor.shape)) for name, tensor in before.items()}
 
 
 def test_the_example_rewards_score_a_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from actors.cli import main
 from actors.env import PACKAGES, check_one_source
+from configs.export import ExportConfig, InferConfig
 from configs.options import list_options
 from configs.schema import RunConfig
 from tests.actors.run_helpers import ROOT, make_workspace
@@ -28,6 +30,39 @@ def test_help_lists_every_option_with_its_text(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     assert "make-model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("command", "schema"), [("export", ExportConfig), ("infer", InferConfig)])
+def test_help_of_the_other_commands_lists_their_options(
+    command: str, schema: type[BaseModel], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    for option in list_options(schema):
+        assert f"--{option.dotted}" in shown
+    assert "--grpo." not in shown
+
+
+@pytest.mark.parametrize(("passed", "code"), [(True, 0), (False, 1)])
+def test_the_exit_code_of_an_export_is_the_precision_tests(
+    passed: bool, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from actors import export
+
+    asked: list[ExportConfig] = []
+
+    def fake(config: ExportConfig, console: object) -> dict[str, object]:
+        asked.append(config)
+        return {"passed": passed}
+
+    monkeypatch.setattr(export, "export", fake)
+    words = ["--model", "m", "--to_mcore", "true", "--output_dir", "o", "--tensor_model_parallel_size", "2"]
+    assert main(["export", *words]) == code
+    assert asked[0].layout.tensor_model_parallel_size == 2
+    assert f'"passed": {str(passed).lower()}' in capsys.readouterr().out
+    assert main(["export", *words, "--to_hf", "true"]) == 2
+    assert "exactly one of --to_mcore true" in capsys.readouterr().err
 
 
 def test_plan_prints_the_resolved_config_and_what_would_start(
@@ -73,8 +108,8 @@ def test_wrong_options_are_refused_with_the_nearest_name(
 def test_a_layout_that_does_not_divide_names_what(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = fails(workspace, capsys, "--trainer.tensor_model_parallel_size", "4")
-    assert "does not divide the model's 2 query groups" in message
+    message = fails(workspace, capsys, "--trainer.tensor_model_parallel_size", "3")
+    assert "does not divide the model's 4 attention heads" in message
     message = fails(workspace, capsys, "--trainer.pipeline_model_parallel_size", "3")
     assert "does not divide the model's 2 layers" in message
 
@@ -84,7 +119,7 @@ def test_wrong_models_are_named(workspace: Path, capsys: pytest.CaptureFixture[s
     assert "has no config.json" in fails(workspace, capsys, "--model.model", str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     message = fails(workspace, capsys, "--model.model", str(tmp_path))
-    assert "'gpt2' is not supported; supported are: llama, qwen2, qwen3" in message
+    assert "'gpt2' is not supported; supported are: deepseek_v2, " in message
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from tests.actors.engine_helpers import reference_greedy, run_config
 from tests.actors.run_helpers import Finished, make_workspace, rows, run
 
 pytestmark = pytest.mark.e2e
+pytest_plugins = ("tests.actors.engine_fixtures",)
 
 LAYOUTS = {
     "tensor": ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"],

@@ -151,7 +151,7 @@ def test_missing_options_are_named_without_their_section_being_there() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(None, ["--rewards.0.function", "exact_match"], "grpo")
     first, second = str(caught.value).splitlines()
-    assert first.startswith("model.model is required (Directory with a Hugging Face checkpoint")
+    assert first == "model is {}; give model.model, or model.mcore_model with config and tokenizer in it"
     assert second.endswith("give it in the config file or as --data.dataset")
 
 

@@ -1,0 +1,80 @@
+"""Where a model comes from: a Hugging Face directory, a Megatron torch_dist checkpoint, or both."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.checkpoint_files import (
+    SourceTensor,
+    checkpoint_root,
+    copy_side_files,
+    find_iteration,
+    read_source_index,
+    write_source_index,
+)
+from bridge.checkpoint import CheckpointReader, resolve_model
+from bridge.plan import TensorInfo
+from bridge.safetensors_file import DTYPES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSource:
+    """`directory` has config and tokenizer, and the weights unless they are in the checkpoint `mcore`."""
+
+    directory: Path
+    mcore: Path | None = None
+
+
+def find_model(model: str | None, mcore_model: Path | None, option: str) -> ModelSource:
+    """The source of what a user gave. Raises ConfigError naming the `option`."""
+    mcore = None if mcore_model is None else mcore_model.resolve()
+    directory = model if model is not None or mcore is None else str(checkpoint_root(mcore))
+    assert directory is not None, "the configuration makes sure of one of the two"
+    return ModelSource(directory=resolve_model(directory, option=option).resolve(), mcore=mcore)
+
+
+def tensors_of(source: ModelSource) -> Mapping[str, TensorInfo] | None:
+    """Names, types and shapes as they are in safetensors, or were before the torch_dist checkpoint was made.
+
+    None when nothing says so; they then follow from the model. Raises CheckpointError or ConfigError naming
+    the file.
+    """
+    if any(source.directory.glob("*.safetensors")):
+        with CheckpointReader(source.directory) as reader:
+            return dict(reader.tensors)
+    index = None if source.mcore is None else read_source_index(checkpoint_root(source.mcore))
+    if index is None and source.mcore is None:
+        # There should have been weights here; the reader says what is missing.
+        with CheckpointReader(source.directory) as reader:
+            return dict(reader.tensors)
+    if index is None:
+        return None
+    return {
+        tensor.name: TensorInfo(name=tensor.name, dtype=DTYPES[tensor.dtype], shape=tensor.shape)
+        for tensor in index
+    }
+
+
+def count_parameters(source: ModelSource) -> int:
+    """Elements of all tensors; an estimate where only a torch_dist checkpoint knows. Raises like tensors_of."""
+    tensors = tensors_of(source)
+    if tensors is not None:
+        return sum(math.prod(info.shape) for info in tensors.values())
+    assert source.mcore is not None, "a source without tensors is a torch_dist checkpoint"
+    # Two bytes each, if nothing but weights is in there.
+    return sum(path.stat().st_size for path in find_iteration(source.mcore).glob("*.distcp")) // 2
+
+
+def write_beside(directory: Path, source: Path, tensors: Mapping[str, TensorInfo] | None) -> None:
+    """Put what a torch_dist checkpoint lacks of a model beside it: config, tokenizer, and the list of tensors."""
+    copy_side_files(source, directory)
+    if tensors is not None:
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        write_source_index(
+            directory,
+            [
+                SourceTensor(name=info.name, dtype=names[info.dtype], shape=info.shape)
+                for info in tensors.values()
+            ],
+        )

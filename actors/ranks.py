@@ -1,0 +1,60 @@
+"""What every kind of Megatron rank has in common: how the actors start and how they find each other."""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import ray
+
+from actors.env import check_one_source
+from actors.placement import Reservation
+from bridge.transport.gloo import free_port
+from configs.schema import ClusterConfig, LayoutConfig
+
+if TYPE_CHECKING:
+    from actors.megatron_setup import Device
+
+
+def start_ranks(
+    kind: type, reservation: Reservation, owner: str, count: int, arguments: Sequence[Any]
+) -> list[Any]:
+    """Actors of `kind`, made with (*arguments, rank), in the reserved bundles of `owner`."""
+    actor_class = ray.remote(kind)
+    env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    return [
+        actor_class.options(**reservation.options(owner, rank), runtime_env={"env_vars": env}).remote(
+            *arguments, rank
+        )
+        for rank in range(count)
+    ]
+
+
+def free_address() -> str:
+    """A `tcp://` rendezvous that was free on this actor's node a moment ago."""
+    host = ray.util.get_node_ip_address()
+    return f"tcp://{host}:{free_port(host)}"
+
+
+def join(
+    layout: LayoutConfig, cluster: ClusterConfig, *, rank: int, address: str, device: str, seed: int
+) -> None:
+    """Make this process a Megatron rank; every rank must call it. Imports Megatron, so nothing may have before.
+
+    Raises BasculeError when the ranks do not all come.
+    """
+    check_one_source()
+    if device == "cpu":
+        from actors.megatron_cpu import install
+
+        install()
+    from actors.megatron_setup import initialize_megatron
+
+    initialize_megatron(
+        layout,
+        rank=rank,
+        world_size=layout.world_size,
+        init_method=address,
+        timeout_s=cluster.collective_timeout_s,
+        seed=seed,
+        device=cast("Device", device),
+    )

@@ -1,0 +1,127 @@
+"""What all ranks hold together, and the plan that follows."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bridge.megatron import Claims, MisfitError, claim_pieces, hf_order, place_of_this_rank
+from bridge.plan import TORCH_DTYPES, Plan, TensorInfo, build_plan
+from bridge.rules import Family, MegatronSpec, RuleError
+from configs.errors import ConfigError
+
+
+def gather_claims(
+    family: Family,
+    spec: MegatronSpec,
+    parameters: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, TensorInfo] | None,
+) -> list[Claims]:
+    """What every rank holds, by rank.
+
+    Raises MisfitError on every rank when one has something that does not fit; it then also lists the tensors
+    that no rule reads.
+    """
+    found: Claims | MisfitError
+    try:
+        found = claim_pieces(family, spec, parameters, tensors, place_of_this_rank())
+    except MisfitError as error:
+        found = error
+    with_mtp = any(name.startswith("mtp.") for name in parameters)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (found, with_mtp))
+    claims = [found for found, _ in everyone]
+    misfits = [found for found in claims if isinstance(found, MisfitError)]
+    if misfits:
+        read = frozenset[str]().union(*(_read(found) for found in claims))
+        unread = _unread(family, spec, tensors or (), read, any(with_mtp for _, with_mtp in everyone))
+        problems = {problem for misfit in misfits for problem in misfit.problems}
+        raise MisfitError((*sorted(problems), *_about(unread)), read)
+    return claims
+
+
+def check_all_read(
+    family: Family, spec: MegatronSpec, tensors: Iterable[str], claims: Sequence[Claims]
+) -> None:
+    """Raises RuleError listing the tensors that no rank holds, that repeat no other, and are not ignored."""
+    read = frozenset[str]().union(*(claim.shapes for claim in claims))
+    unread = _unread(family, spec, tensors, read, _with_mtp(claims))
+    if unread:
+        raise RuleError("; ".join(_about(unread)))
+
+
+def _read(found: Claims | MisfitError) -> Iterable[str]:
+    return found.read if isinstance(found, MisfitError) else found.shapes
+
+
+def _unread(
+    family: Family, spec: MegatronSpec, tensors: Iterable[str], read: frozenset[str], with_mtp: bool
+) -> list[str]:
+    names = list(tensors)
+    known = read.union(family.copies_in(spec, names))
+    return [
+        name
+        for name in names
+        if name not in known
+        and not family.is_ignored(name)
+        and (with_mtp or not family.is_extra_layer(spec, name))
+    ]
+
+
+def _about(unread: Sequence[str]) -> list[str]:
+    return [f"no rule reads these tensors of the checkpoint: {', '.join(unread)}"] if unread else []
+
+
+def config_dtype(directory: Path) -> torch.dtype:
+    """The type that config.json names; bfloat16 where it names none."""
+    config = json.loads((directory / "config.json").read_text())
+    name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    if name not in TORCH_DTYPES:
+        raise ConfigError(
+            f"{directory / 'config.json'}: dtype {name!r}; supported: {', '.join(TORCH_DTYPES)}"
+        )
+    return TORCH_DTYPES[name]
+
+
+def implied_tensors(
+    family: Family, spec: MegatronSpec, claims: Sequence[Claims], dtype: torch.dtype
+) -> dict[str, TensorInfo]:
+    """The HF tensors that the claims of all ranks make up, and the copies that go with them."""
+    shapes = {name: shape for claim in claims for name, shape in claim.shapes.items()}
+    kept = frozenset[str]().union(*(claim.full_precision for claim in claims))
+    shapes |= {name: shapes[original] for name, original in family.implied_copies(spec, shapes).items()}
+    return {
+        name: TensorInfo(name=name, dtype=torch.float32 if name in kept else dtype, shape=shape)
+        for name, shape in shapes.items()
+    }
+
+
+def plan_of(
+    family: Family,
+    spec: MegatronSpec,
+    tensors: Mapping[str, TensorInfo],
+    claims: Sequence[Claims],
+    torch_dtype: torch.dtype | None,
+) -> Plan:
+    """The plan of a model whose ranks hold `claims`, for the names of a checkpoint with `tensors`."""
+    pieces = [piece for claim in claims for piece in claim.pieces]
+    kept = frozenset[str]().union(*(claim.full_precision for claim in claims))
+    # Without the layers for multi-token prediction their copies stay as they are too.
+    with_mtp = _with_mtp(claims)
+    copies = {
+        name: original
+        for name, original in family.copies_in(spec, tensors).items()
+        if with_mtp or not family.is_extra_layer(spec, name)
+    }
+    infos = [tensors[name] for name in [*hf_order(pieces), *copies]]
+    if torch_dtype is not None:
+        infos = [info if info.name in kept else replace(info, dtype=torch_dtype) for info in infos]
+    return build_plan(infos, pieces, copies)
+
+
+def _with_mtp(claims: Iterable[Claims]) -> bool:
+    return any(piece.parameter.startswith("mtp.") for claim in claims for piece in claim.pieces)

@@ -1,0 +1,342 @@
+"""Moves pieces between parameters and files, and between ranks on the way.
+
+A rank reads and writes the ranges of a file that are its own pieces. Pieces that are no range (columns of a
+row-parallel matrix) are exchanged: the ranks that share such a tensor split its rows among them for the file,
+and swap the intersections of rows and pieces. Every rank knows both sides from the plan, so no message carries
+anything but values, and all ranks pass the same tensors in the same order.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from bridge.layouts import (
+    Region,
+    intersect,
+    is_contiguous,
+    region_numel,
+    region_shape,
+    relative,
+    slices,
+)
+from bridge.plan import Bucket, Piece, Plan, TensorInfo
+
+# A commit waits for the disk.
+_COMMIT_BYTES = 512 << 20
+
+
+class Reader(Protocol):
+    """What loading needs of a checkpoint."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All tensors by name."""
+        ...
+
+    def position(self, name: str) -> tuple[str, int]:
+        """File and offset."""
+        ...
+
+    def read(self, name: str, region: Region) -> torch.Tensor:
+        """A region's values."""
+        ...
+
+    def read_into(self, name: str, region: Region, out: torch.Tensor) -> None:
+        """The same, into `out`."""
+        ...
+
+
+class Writer(Protocol):
+    """What saving needs of a checkpoint."""
+
+    def write(self, name: str, region: Region, value: torch.Tensor) -> None:
+        """Put values into a region."""
+        ...
+
+    def commit(self, names: Iterable[str]) -> None:
+        """Note that this rank is done with these tensors."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """A region of a tensor that is one range of its file, and the rank that reads or writes it."""
+
+    tensor: str
+    region: Region
+    rank: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Transfer:
+    """What a piece and a block of the file have in common."""
+
+    info: TensorInfo
+    piece: Piece
+    block: Block
+    shared: Region
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that travel when piece and block are of different ranks."""
+        return region_numel(self.shared) * self.info.dtype.itemsize
+
+
+def is_split_by_columns(info: TensorInfo, pieces: Iterable[Piece]) -> bool:
+    """Whether some piece is not one range of the file."""
+    return not all(is_contiguous(piece.region, info.shape) for piece in pieces)
+
+
+def file_blocks(info: TensorInfo, pieces: Sequence[Piece]) -> tuple[Block, ...]:
+    """Rows of the tensor (of each of its matrices, if it has three dimensions), shared by the pieces' ranks."""
+    rows_at = len(info.shape) - 2
+    blocks: list[Block] = []
+    for lead, group in groupby(sorted(pieces, key=_lead), key=_lead):
+        ranks = sorted({piece.rank for piece in group})
+        rows, columns = info.shape[rows_at:]
+        for number, rank in enumerate(ranks):
+            start, stop = number * rows // len(ranks), (number + 1) * rows // len(ranks)
+            if start < stop:
+                region = (*lead, (start, stop), (0, columns))
+                blocks.append(Block(tensor=info.name, region=region, rank=rank))
+    return tuple(blocks)
+
+
+def _lead(piece: Piece) -> Region:
+    return piece.region[:-2]
+
+
+def transfers(info: TensorInfo, pieces: Sequence[Piece]) -> tuple[Transfer, ...]:
+    """Everything that moves between the pieces of a tensor and its file blocks, in one order for all ranks."""
+    return tuple(
+        Transfer(info=info, piece=piece, block=block, shared=shared)
+        for block in file_blocks(info, pieces)
+        for piece in pieces
+        if (shared := intersect(block.region, piece.region)) is not None
+    )
+
+
+def as_bytes(value: torch.Tensor) -> torch.Tensor:
+    """The values as uint8, in row-major order."""
+    return value.contiguous().view(-1).view(torch.uint8)
+
+
+def from_bytes(message: torch.Tensor, dtype: torch.dtype, region: Region) -> torch.Tensor:
+    """Values of `dtype` in the shape of `region`. A part may begin at an odd offset of its message, where a
+    typed view is not allowed; it is copied then.
+    """
+    aligned = message if message.storage_offset() % dtype.itemsize == 0 else message.clone()
+    return aligned.view(dtype).view(region_shape(region))
+
+
+def swap(
+    outgoing: Mapping[int, Sequence[torch.Tensor]], incoming: Mapping[int, int], device: torch.device
+) -> dict[int, torch.Tensor]:
+    """Send each rank one message, receive one of known size from each rank; returns those by rank."""
+    received = {
+        rank: torch.empty(nbytes, dtype=torch.uint8, device=device) for rank, nbytes in incoming.items()
+    }
+    sends = [dist.P2POp(dist.isend, torch.cat(list(parts)), rank) for rank, parts in outgoing.items()]
+    receives = [dist.P2POp(dist.irecv, message, rank) for rank, message in received.items()]
+    if sends or receives:
+        for work in dist.batch_isend_irecv([*sends, *receives]):
+            work.wait()
+    return received
+
+
+def _route(
+    moves: Sequence[Transfer],
+    rank: int,
+    ends: Callable[[Transfer], tuple[int, int]],
+    value: Callable[[Transfer], torch.Tensor],
+    device: torch.device,
+) -> Iterator[tuple[Transfer, torch.Tensor]]:
+    """Every move that ends at this rank with its values. `ends` says from which rank to which one it goes."""
+    outgoing: dict[int, list[torch.Tensor]] = {}
+    incoming: dict[int, list[Transfer]] = {}
+    for move in moves:
+        source, target = ends(move)
+        if source == rank != target:
+            outgoing.setdefault(target, []).append(as_bytes(value(move)).to(device))
+        elif target == rank != source:
+            incoming.setdefault(source, []).append(move)
+    sizes = {source: sum(move.nbytes for move in coming) for source, coming in incoming.items()}
+    for source, message in swap(outgoing, sizes, device).items():
+        coming = incoming[source]
+        for move, part in zip(coming, message.split([move.nbytes for move in coming]), strict=True):
+            yield move, from_bytes(part, move.info.dtype, move.shared)
+    for move in moves:
+        if ends(move) == (rank, rank):
+            yield move, value(move)
+
+
+def load_pieces(
+    parameters: Mapping[str, torch.Tensor],
+    reader: Reader,
+    pieces: Iterable[Piece],
+    claims: Iterable[Piece],
+    rank: int,
+    bucket_bytes: int,
+) -> None:
+    """Read this rank's `pieces` into its parameters; `claims` are all ranks' pieces.
+
+    Every rank must call it. Rows of tensors that are split by columns are read by the ranks that share
+    them and exchanged, at most `bucket_bytes` at a time, so that no byte is read twice by a replica.
+    """
+    whole: list[Piece] = []
+    split: list[Piece] = []
+    for piece in pieces:
+        info = reader.tensors[piece.tensor]
+        (whole if is_contiguous(piece.region, info.shape) else split).append(piece)
+    for piece in sorted(whole, key=lambda piece: (reader.position(piece.tensor), piece.region)):
+        _read_piece(reader, piece, parameters[piece.parameter])
+    for batch in _load_batches(reader, split, claims, bucket_bytes):
+        _load_split(parameters, reader, batch, rank)
+
+
+def _read_piece(reader: Reader, piece: Piece, parameter: torch.Tensor) -> None:
+    shape, target = region_shape(piece.region), piece.target(parameter)
+    # The file's region may have a dimension of one more, for the expert; a fold may even mix dimensions.
+    if [side for side in shape if side > 1] == [side for side in target.shape if side > 1]:
+        reader.read_into(piece.tensor, piece.region, target.view(shape))
+    else:
+        piece.put(parameter, reader.read(piece.tensor, piece.region))
+
+
+def _load_batches(
+    reader: Reader, split: Iterable[Piece], claims: Iterable[Piece], bucket_bytes: int
+) -> Iterator[list[Transfer]]:
+    """The moves of tensors that are split by columns, in the same batches on all ranks that share them."""
+    names = {piece.tensor for piece in split}
+    holders: dict[str, dict[Region, list[Piece]]] = {name: {} for name in names}
+    for claim in claims:
+        if claim.tensor in names:
+            holders[claim.tensor].setdefault(claim.region, []).append(claim)
+    shared: dict[tuple[int, ...], list[tuple[Transfer, ...]]] = {}
+    for piece in sorted(split, key=lambda piece: (reader.position(piece.tensor), piece.region)):
+        by_region = holders[piece.tensor]
+        for claimants in by_region.values():
+            claimants.sort(key=lambda claim: claim.rank)
+        # Replicas come in the order of their ranks, the same one for every region.
+        replica = [claim.rank for claim in by_region[piece.region]].index(piece.rank)
+        together = [
+            claimants[replica] for region, claimants in by_region.items() if region[:-2] == _lead(piece)
+        ]
+        together.sort(key=lambda claim: claim.region)
+        ranks = tuple(sorted(claim.rank for claim in together))
+        shared.setdefault(ranks, []).append(transfers(reader.tensors[piece.tensor], together))
+    # All ranks go through the groups of ranks they belong to in one order, or two could wait for each other.
+    for ranks in sorted(shared):
+        batch: list[Transfer] = []
+        size = 0
+        for moves in shared[ranks]:
+            nbytes = sum(move.nbytes for move in moves)
+            if batch and size + nbytes > bucket_bytes:
+                yield batch
+                batch, size = [], 0
+            batch.extend(moves)
+            size += nbytes
+        yield batch
+
+
+def _load_split(
+    parameters: Mapping[str, torch.Tensor], reader: Reader, moves: Sequence[Transfer], rank: int
+) -> None:
+    mine = {move.block for move in moves if move.block.rank == rank}
+    blocks = {block: reader.read(block.tensor, block.region) for block in mine}
+    pieces = {
+        move.piece: torch.empty(region_shape(move.piece.region), dtype=move.info.dtype)
+        for move in moves
+        if move.piece.rank == rank
+    }
+
+    def value(move: Transfer) -> torch.Tensor:
+        return blocks[move.block][slices(relative(move.shared, move.block.region))]
+
+    device = next(iter(parameters.values())).device
+    for move, part in _route(moves, rank, lambda move: (move.block.rank, move.piece.rank), value, device):
+        pieces[move.piece][slices(relative(move.shared, move.piece.region))] = part.to("cpu")
+    for piece, whole in pieces.items():
+        piece.put(parameters[piece.parameter], whole)
+
+
+def save_pieces(
+    parameters: Mapping[str, torch.Tensor],
+    writer: Writer,
+    buckets: Iterable[Bucket],
+    plan: Plan,
+    rank: int,
+) -> None:
+    """Write what this rank owns of the `buckets` under `plan`. Every rank must call it with the same ones."""
+    done: list[str] = []
+    size = 0
+    for bucket in buckets:
+        moves: list[Transfer] = []
+        for info in bucket.tensors:
+            pieces = plan.pieces[info.name]
+            if is_split_by_columns(info, pieces):
+                moves.extend(transfers(info, pieces))
+                continue
+            for piece in pieces:
+                if piece.rank == rank:
+                    writer.write(info.name, piece.region, piece.get(parameters[piece.parameter]))
+        _save_split(parameters, writer, moves, rank)
+        done += [info.name for info in bucket.tensors]
+        size += bucket.nbytes
+        if size >= _COMMIT_BYTES:
+            writer.commit(done)
+            done, size = [], 0
+    writer.commit(done)
+
+
+def _save_split(
+    parameters: Mapping[str, torch.Tensor], writer: Writer, moves: Sequence[Transfer], rank: int
+) -> None:
+    blocks = {
+        move.block: torch.empty(region_shape(move.block.region), dtype=move.info.dtype)
+        for move in moves
+        if move.block.rank == rank
+    }
+
+    def value(move: Transfer) -> torch.Tensor:
+        whole = move.piece.get(parameters[move.piece.parameter])
+        return whole[slices(relative(move.shared, move.piece.region))].to(move.info.dtype)
+
+    device = next(iter(parameters.values())).device
+    for move, part in _route(moves, rank, lambda move: (move.piece.rank, move.block.rank), value, device):
+        blocks[move.block][slices(relative(move.shared, move.block.region))] = part.to("cpu")
+    for block, rows in blocks.items():
+        writer.write(block.tensor, block.region, rows)
+
+
+def pack_bucket(
+    parameters: Mapping[str, torch.Tensor], plan: Plan, bucket: Bucket, rank: int
+) -> torch.Tensor | None:
+    """This rank's pieces of a bucket as one message of bytes in host memory; None when it owns none."""
+    dtypes = {info.name: info.dtype for info in bucket.tensors}
+    parts = [
+        as_bytes(piece.get(parameters[piece.parameter]).to(dtypes[piece.tensor]))
+        for piece in plan.owned(bucket, rank)
+    ]
+    return torch.cat(parts).cpu() if parts else None
+
+
+def message_bytes(plan: Plan, bucket: Bucket, rank: int) -> int:
+    """Size of a rank's message."""
+    sizes = {info.name: info.dtype.itemsize for info in bucket.tensors}
+    return sum(region_numel(piece.region) * sizes[piece.tensor] for piece in plan.owned(bucket, rank))
+
+
+def unpack_bucket(
+    message: torch.Tensor, plan: Plan, bucket: Bucket, rank: int, views: Mapping[str, torch.Tensor]
+) -> None:
+    """Put a rank's message into its places among the bucket's tensors."""
+    pieces = plan.owned(bucket, rank)
+    sizes = [region_numel(piece.region) * views[piece.tensor].itemsize for piece in pieces]
+    for piece, part in zip(pieces, message.split(sizes), strict=True):
+        target = views[piece.tensor][slices(piece.region)]
+        target.copy_(from_bytes(part, target.dtype, piece.region))

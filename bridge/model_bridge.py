@@ -1,0 +1,297 @@
+"""Load, export and save a live Megatron model as a Hugging Face checkpoint, on every rank together.
+
+    bridge = ModelBridge("models/qwen3")
+    bridge.load(model)                          # safetensors -> this rank's shards
+    for name, tensor in bridge.export(model):   # HF-named tensors, whole, on every rank
+        ...
+    bridge.save(model, "out")                   # shards -> safetensors, every rank writing its own ranges
+
+`model` is a Megatron module or a list of them (virtual pipeline stages); torch.distributed and Megatron's
+process groups must be set up, and every rank makes the same calls.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from bridge.checkpoint import CheckpointError, CheckpointReader
+from bridge.checkpoint_writer import CheckpointWriter
+from bridge.claims import check_all_read, config_dtype, gather_claims, implied_tensors, plan_of
+from bridge.exchange import Writer, load_pieces, message_bytes, pack_bucket, save_pieces, unpack_bucket
+from bridge.families import spec_of
+from bridge.layouts import Region, region_of
+from bridge.megatron import (
+    EMBEDDING,
+    OUTPUT_LAYER,
+    named_parameters,
+)
+from bridge.plan import Bucket, Piece, Plan, TensorInfo
+from bridge.transport.gloo import bucket_views
+from configs.errors import BasculeError
+
+T = TypeVar("T", str, int)
+Model = torch.nn.Module | Sequence[torch.nn.Module]
+BUCKET_BYTES = 64 << 20
+
+
+class WeightError(BasculeError):
+    """A checkpoint's values contradict themselves. Names the tensors."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """What a load did on this rank. `nan` are names of tensors with values that are not numbers."""
+
+    bytes_read: int
+    nan: tuple[str, ...]
+
+
+class _Guarded:
+    """A writer that keeps its first error for later, since the other ranks count on this one to go on."""
+
+    def __init__(self, writer: CheckpointWriter) -> None:
+        self._writer = writer
+        self.failures: list[str] = []
+
+    def write(self, name: str, region: Region, value: torch.Tensor) -> None:
+        with self:
+            if not self.failures:
+                self._writer.write(name, region, value)
+
+    def commit(self, names: Iterable[str]) -> None:
+        with self:
+            if not self.failures:
+                self._writer.commit(names)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if isinstance(error, CheckpointError):
+            self.failures.append(str(error))
+        return isinstance(error, CheckpointError)
+
+
+class ModelBridge:
+    """The way between one Hugging Face checkpoint directory and models of its shape."""
+
+    def __init__(
+        self,
+        directory: str | Path,
+        tensors: Mapping[str, TensorInfo] | None = None,
+        *,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        """Reads config.json, and the headers of the safetensors files if there are any.
+
+        `tensors` stand for headers where there are none; without either, names and shapes follow from the
+        model. Raises ConfigError or CheckpointError naming the file.
+        """
+        self.directory = Path(directory)
+        self.family, self.spec = spec_of(self.directory)
+        self._bucket_bytes = bucket_bytes
+        self._tensors = tensors
+        self._others: Mapping[str, TensorInfo] = {}
+        self._dequantized = False
+        if any(self.directory.glob("*.safetensors")):
+            with CheckpointReader(self.directory) as reader:
+                self._tensors = dict(reader.tensors)
+                self._others = dict(reader.others)
+                self._dequantized = reader.quantized
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo] | None:
+        """The checkpoint's tensors, if it is known what they are."""
+        return self._tensors
+
+    @property
+    def has_mtp(self) -> bool:
+        """Whether the checkpoint has layers for multi-token prediction; many a copy is saved without them."""
+        return any(self.family.is_extra_layer(self.spec, name) for name in self._tensors or ())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The one type that holds every value of the checkpoint's parameters; config.json's without tensors."""
+        if self._tensors is None:
+            return config_dtype(self.directory)
+        dtypes = {info.dtype for name, info in self._tensors.items() if not self.family.stays_float32(name)}
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+    def load(self, model: Model, directory: str | Path | None = None) -> Loaded:
+        """Read every parameter of the model, by default from the directory of this bridge.
+
+        Raises RuleError with everything in names and shapes that does not fit before a byte of weights is
+        read, and WeightError when tensors that repeat one another (tied embeddings) differ.
+        """
+        rank = dist.get_rank()
+        parameters = named_parameters(_chunks(model))
+        with CheckpointReader(self.directory if directory is None else Path(directory)) as reader:
+            claims = gather_claims(self.family, self.spec, parameters, reader.tensors)
+            check_all_read(self.family, self.spec, reader.tensors, claims)
+            for name in (EMBEDDING, OUTPUT_LAYER):
+                if name in parameters:
+                    # What pads the vocabulary is in no file.
+                    parameters[name].detach().zero_()
+            pieces = claims[rank].pieces
+            everyone = [piece for claim in claims for piece in claim.pieces]
+            load_pieces(parameters, reader, pieces, everyone, rank, self._bucket_bytes)
+            loaded = reader.bytes_read
+            self._compare_copies(reader, parameters, pieces)
+        return Loaded(bytes_read=loaded, nan=_everywhere(_not_numbers(parameters, pieces)))
+
+    def plan(self, model: Model, torch_dtype: torch.dtype | None = None) -> Plan:
+        """Who owns what of `model` as HF tensors, in the types of the checkpoint or, where given, `torch_dtype`.
+
+        Tensors that Megatron keeps in float32 (expert biases of routers) keep the checkpoint's type. The same
+        on every rank. Tensors the model does not hold are not in it.
+        """
+        parameters = named_parameters(_chunks(model))
+        claims = gather_claims(self.family, self.spec, parameters, self._tensors)
+        tensors = self._tensors
+        if tensors is None:
+            tensors = implied_tensors(self.family, self.spec, claims, config_dtype(self.directory))
+        return plan_of(self.family, self.spec, tensors, claims, torch_dtype)
+
+    def export(
+        self, model: Model, torch_dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """HF names and whole tensors in host memory, in layer order, on every rank, a bucket at a time.
+
+        Every rank must go through to the end.
+        """
+        plan = self.plan(model, torch_dtype)
+        parameters = named_parameters(_chunks(model))
+        rank = dist.get_rank()
+        for bucket in plan.buckets(self._bucket_bytes):
+            buffer = torch.empty(bucket.nbytes, dtype=torch.uint8)
+            views = dict(bucket_views(buffer, bucket))
+            for owner in plan.owners(bucket):
+                message = pack_bucket(parameters, plan, bucket, rank) if owner == rank else None
+                if message is None:
+                    message = torch.empty(message_bytes(plan, bucket, owner), dtype=torch.uint8)
+                dist.broadcast(message, owner)
+                unpack_bucket(message, plan, bucket, owner, views)
+            yield from views.items()
+
+    def save(
+        self,
+        model: Model,
+        directory: str | Path,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        max_shard_size: int = 5 << 30,
+        key: str | None = None,
+    ) -> None:
+        """Write the model with the names, types and side files of this bridge's checkpoint.
+
+        The directory appears whole, by rename, or not at all; one that exists is replaced. An interrupted
+        save is continued by one with the same `key`, which says which values are written (see
+        CheckpointWriter). Needs a file system that all ranks share. Raises CheckpointError naming the file.
+        """
+        plan = self.plan(model, torch_dtype)
+        carried = self._carried(plan)
+        rank = dist.get_rank()
+        writer = CheckpointWriter(
+            Path(directory), [*plan.tensors, *carried], max_shard_size=max_shard_size, rank=rank, key=key
+        )
+        _on_first_rank(writer.prepare)
+        guarded = _Guarded(writer)
+        parameters = named_parameters(_chunks(model))
+        save_pieces(parameters, guarded, self._unwritten(plan, writer), plan, rank)
+        if rank == 0 and carried:
+            self._carry_over(guarded, carried)
+        with guarded:
+            writer.close()
+        failures = _everywhere(guarded.failures)
+        if failures:
+            raise CheckpointError("; ".join(failures))
+        _on_first_rank(lambda: writer.finish(self.directory, self._dequantized))
+
+    def _unwritten(self, plan: Plan, writer: CheckpointWriter) -> list[Bucket]:
+        """The buckets of which some rank has not committed its part, the same on every rank."""
+        buckets = plan.buckets(self._bucket_bytes)
+        mine = [
+            number
+            for number, bucket in enumerate(buckets)
+            if writer.pending(info.name for info in bucket.tensors)
+        ]
+        return [buckets[number] for number in sorted(_everywhere(mine))]
+
+    def _carried(self, plan: Plan) -> list[TensorInfo]:
+        """Tensors of the checkpoint that the model does not hold; a save copies them as they are."""
+        if not any(self.directory.glob("*.safetensors")):
+            return []
+        held = {info.name for info in plan.tensors}
+        stored = {**(self._tensors or {}), **self._others}
+        return [info for name, info in stored.items() if name not in held]
+
+    def _carry_over(self, writer: Writer, carried: Iterable[TensorInfo]) -> None:
+        with CheckpointReader(self.directory) as reader:
+            for info in carried:
+                whole = region_of(info.shape)
+                writer.write(info.name, whole, reader.read(info.name, whole))
+
+    def _compare_copies(
+        self, reader: CheckpointReader, parameters: Mapping[str, torch.Tensor], pieces: Iterable[Piece]
+    ) -> None:
+        copies = self.family.copies_in(self.spec, reader.tensors)
+        repeats: dict[str, list[str]] = {}
+        for name, original in copies.items():
+            repeats.setdefault(original, []).append(name)
+        differ: list[str] = []
+        for piece in pieces:
+            for name in repeats.get(piece.tensor, ()):
+                held = piece.get(parameters[piece.parameter])
+                if not torch.equal(reader.read(name, piece.region).to(held), held):
+                    differ.append(f"{name} differs from {piece.tensor}")
+        everywhere = _everywhere(differ)
+        if everywhere:
+            raise WeightError(
+                f"{self.directory}: {'; '.join(everywhere)}, although this kind of model shares them; with a "
+                "head of its own the model needs tie_word_embeddings: false in config.json"
+            )
+
+
+def _chunks(model: Model) -> Sequence[torch.nn.Module]:
+    return [model] if isinstance(model, torch.nn.Module) else model
+
+
+def _not_numbers(parameters: Mapping[str, torch.Tensor], pieces: Iterable[Piece]) -> list[str]:
+    broken: list[str] = []
+    checked: dict[str, bool] = {}
+    for piece in pieces:
+        if piece.parameter not in checked:
+            # The least element is NaN when one is, and is found ten times faster than a mask; only then is it
+            # worth to look which one.
+            least = parameters[piece.parameter].detach().aminmax().min
+            checked[piece.parameter] = bool(least.isnan())
+        if checked[piece.parameter] and bool(piece.get(parameters[piece.parameter]).isnan().any()):
+            broken.append(piece.tensor)
+    return broken
+
+
+def _everywhere(found: Sequence[T]) -> tuple[T, ...]:
+    """What all ranks found, each once, in order."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, list(found))
+    return tuple(sorted(set[T]().union(*everyone)))
+
+
+def _on_first_rank(action: Any) -> None:
+    """Run on rank 0 while the others wait; an error of it is raised everywhere."""
+    box: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except BasculeError as error:
+            box = [error]
+    dist.broadcast_object_list(box, 0)
+    if box[0] is not None:
+        raise box[0]
