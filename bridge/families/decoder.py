@@ -104,6 +104,12 @@ def decoder_spec(
     )
 
 
+def window(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Megatron's options for a sliding window in every layer, if the model has one."""
+    tokens = hf.get("sliding_window")
+    return {} if tokens is None else {"window_size": (tokens - 1, 0)}
+
+
 def refuse(hf: Mapping[str, Any], key: str, supported: tuple[Any, ...], default: Any) -> None:
     """Raises ConfigError unless the value of `key` in config.json is one that is supported."""
     value = hf.get(key, default)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bridge.families.decoder import DENSE_RULES, decoder_spec, refuse
+from bridge.families.decoder import DENSE_RULES, decoder_spec, window
 from bridge.rules import Family, MegatronSpec
 from configs.errors import ConfigError
 
@@ -19,8 +19,7 @@ def _llama(hf: Mapping[str, Any]) -> MegatronSpec:
 
 
 def _mistral(hf: Mapping[str, Any]) -> MegatronSpec:
-    refuse(hf, "sliding_window", (None,), None)
-    return decoder_spec(hf)
+    return decoder_spec(hf, **window(hf))
 
 
 LLAMA = Family(model_types=("llama",), rules=DENSE_RULES, megatron=_llama)

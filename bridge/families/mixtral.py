@@ -3,18 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bridge.families.decoder import DECODER, MODEL_RULES, attention_rules, decoder_spec, norm_rules, refuse
+from bridge.families.decoder import DECODER, MODEL_RULES, attention_rules, decoder_spec, norm_rules, window
 from bridge.families.moe import expert_rules, experts, router_rules, softmax_router
 from bridge.layouts import Replicated
 from bridge.rules import Family, MegatronSpec
 
 
 def _mixtral(hf: Mapping[str, Any]) -> MegatronSpec:
-    refuse(hf, "sliding_window", (None,), None)
     top_k = hf["num_experts_per_tok"]
     layers = [True] * hf["num_hidden_layers"]
     return decoder_spec(
         hf,
+        **window(hf),
         **experts(hf["num_local_experts"], hf["intermediate_size"], top_k=top_k, moe_layers=layers),
         **softmax_router(top_k=top_k, normalized=True),
     )

@@ -69,7 +69,7 @@ CONFIGS: dict[str, hf.PretrainedConfig] = {
     "llama": hf.LlamaConfig(**GROUPS),
     "llama-3-groups": hf.LlamaConfig(**THREE_GROUPS),
     "llama-biases": hf.LlamaConfig(**GROUPS, attention_bias=True, mlp_bias=True),
-    "mistral": hf.MistralConfig(**GROUPS, head_dim=8, sliding_window=None),
+    "mistral": hf.MistralConfig(**GROUPS, head_dim=8, sliding_window=5),
     "qwen2-tied": hf.Qwen2Config(**{**GROUPS, "tie_word_embeddings": True}),
     "qwen3": hf.Qwen3Config(**GROUPS, head_dim=8),
     "qwen3-12-heads": hf.Qwen3Config(**{**GROUPS, "num_attention_heads": 12}, head_dim=8),

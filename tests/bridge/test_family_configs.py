@@ -220,7 +220,6 @@ def test_qwen3_moe_as_released(tmp_path: Path) -> None:
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "linear"),
         ("llama", {"rope_parameters": {**YARN, "attention_factor": 1.5}}, "attention_factor 1.5"),
         ("llama", {"attention_bias": True}, "attention_bias True with mlp_bias False"),
-        ("mistral", {"sliding_window": 16}, "sliding_window is 16"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True"),
         ("qwen3", {"attention_bias": True}, "attention_bias is True"),
         ("qwen3_moe", {"attention_bias": True}, "attention_bias is True"),
