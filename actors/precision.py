@@ -152,7 +152,9 @@ def reference_logits(
     Reads local files only; the model is gone afterwards. Raises BasculeError when it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=dtype, attn_implementation="eager", local_files_only=True
@@ -173,9 +175,13 @@ def _chat_tokens(tokenizer: Any) -> tuple[list[int], int]:
     question = {"role": "user", "content": _QUESTION}
     answer = {"role": "assistant", "content": _ANSWER}
     if tokenizer.chat_template is None:
-        ids, prompt = tokenizer.encode(f"{_QUESTION}\n{_ANSWER}"), tokenizer.encode(f"{_QUESTION}\n")
+        # verbose: the text is cut to the model's length afterwards, no need to warn of it.
+        ids = tokenizer.encode(f"{_QUESTION}\n{_ANSWER}", verbose=False)
+        prompt = tokenizer.encode(f"{_QUESTION}\n", verbose=False)
     else:
-        ids = tokenizer.apply_chat_template([question, answer], return_dict=False)
+        ids = tokenizer.apply_chat_template(
+            [question, answer], return_dict=False, tokenizer_kwargs={"verbose": False}
+        )
         prompt = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_dict=False)
     # A template may write an answer in another way than it asks for one: only what both share is the prompt.
     return ids, _shared(ids, prompt)

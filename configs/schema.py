@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from configs.sizes import parse_size
 
 
 class Section(BaseModel):
@@ -212,6 +214,12 @@ class CheckpointConfig(Section):
     """Leave optimizer and schedule out of torch_dist checkpoints."""
     max_shard_size: str = "5GB"
     """Largest safetensors file, as in transformers: 5GB, 200MB, 1GiB."""
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _is_a_size(cls, text: str) -> str:
+        parse_size(text)
+        return text
 
 
 class ClusterConfig(Section):

@@ -16,7 +16,10 @@ pytestmark = pytest.mark.e2e
 pytest_plugins = ("tests.actors.engine_fixtures",)
 
 LAYOUTS = {
-    "tensor": ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"],
+    "tensor": [
+        *("--tensor_model_parallel_size", "2", "--sequence_parallel", "true"),
+        *("--save_steps", "1", "--max_shard_size", "100KB"),
+    ],
     "pipeline": [
         *("--tensor_model_parallel_size", "1", "--pipeline_model_parallel_size", "2", "--beta", "0.1"),
     ],
@@ -133,14 +136,36 @@ def test_the_last_sync_equals_a_fresh_engine_and_transformers_on_the_checkpoint(
         assert rollout.tokens.tolist() == reference_greedy(model, prompts[row["prompt_id"]].tokens, 10)
 
 
-def test_weights_did_change(runs: dict[str, Finished], workspace: Path) -> None:
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    before = load_file(workspace / "model" / "model.safetensors")
+    files = sorted(directory.glob("*.safetensors"))
+    return {name: tensor for path in files for name, tensor in load_file(path).items()}
+
+
+def test_weights_did_change(runs: dict[str, Finished], workspace: Path) -> None:
+    before = tensors(workspace / "model")
     for name in runs:
-        after = load_file(workspace / name / "checkpoint" / "model.safetensors")
+        after = tensors(workspace / name / "checkpoint")
         assert after.keys() == before.keys()
         assert all(not torch.equal(after[key], before[key]) for key in before)
+
+
+def test_checkpoints_on_the_way_are_of_their_steps_and_in_files_of_the_asked_size(
+    runs: dict[str, Finished], workspace: Path
+) -> None:
+    assert runs["tensor"].code == 0
+    folder = workspace / "tensor"
+    found = sorted(path.name for path in folder.glob("checkpoint*"))
+    assert found == ["checkpoint", "checkpoint-1", "checkpoint-2"]
+    first, second, last = (tensors(folder / name) for name in ("checkpoint-1", "checkpoint-2", "checkpoint"))
+    for one, other in ((first, second), (second, last), (first, tensors(workspace / "model"))):
+        assert one.keys() == other.keys()
+        assert any(not torch.equal(one[key], other[key]) for key in one)
+    files = list((folder / "checkpoint").glob("*.safetensors"))
+    assert len(files) > 3
+    largest = max(tensor.nbytes for tensor in last.values())
+    assert max(path.stat().st_size for path in files) < max(100_000, largest) + 10_000
 
 
 def test_the_kl_to_the_reference_is_zero_before_the_first_step_and_then_not(
