@@ -25,6 +25,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# What fits a processor's own cache.
+_STEP_BYTES = 1 << 20
 # Dequantizing takes about ten times the memory of its result.
 _QUANTIZED_CHUNK = CHUNK_BYTES // 10
 
@@ -67,6 +69,8 @@ class CheckpointReader:
         """Reads the index and the headers. Raises CheckpointError listing all that is wrong with them."""
         self.bytes_read = 0
         """Bytes asked of the system for tensors so far."""
+        self.nan: set[str] = set()
+        """Names of tensors whose values, as far as they were read, are not all numbers."""
         self._files: dict[str, SafetensorsFile] = {}
         try:
             problems = self._open_files(directory)
@@ -126,7 +130,9 @@ class CheckpointReader:
         if name in self._quantized:
             quantized = self._quantized[name]
             for box in quantized.boxes(region, _QUANTIZED_CHUNK // quantized.info.dtype.itemsize):
-                out[slices(relative(box, region))].copy_(quantized.dequantize(self._read_stored, box))
+                values = quantized.dequantize(self._read_stored, box)
+                self._look_for_nan(name, values)
+                out[slices(relative(box, region))].copy_(values)
             return
         dtype = self._stored(name).dtype
         if out.device.type == "cpu" and out.dtype == dtype and out.is_contiguous():
@@ -161,7 +167,17 @@ class CheckpointReader:
         return out
 
     def _fill(self, name: str, region: Region, out: torch.Tensor) -> None:
-        self.bytes_read += self._files[self._file_of[name]].read(name, region, as_bytes(out))
+        flat, itemsize = out.view(-1), out.itemsize
+        for start, stop in self._files[self._file_of[name]].steps(name, region, as_bytes(out), _STEP_BYTES):
+            self.bytes_read += stop - start
+            # Now, while the processor still has them at hand: later it takes as long as reading them again.
+            if out.dtype in _WEIGHT_DTYPES:
+                self._look_for_nan(name, flat[start // itemsize : stop // itemsize])
+
+    def _look_for_nan(self, name: str, values: torch.Tensor) -> None:
+        # A sum is NaN when an element is, and is twenty times faster than a mask; infinities can also make it so.
+        if values.sum().isnan() and values.isnan().any():
+            self.nan.add(name)
 
     def _open_files(self, directory: Path) -> list[str]:
         """Opens what can be opened; returns what is wrong."""

@@ -135,16 +135,13 @@ class ModelBridge:
         with CheckpointReader(self.directory if directory is None else Path(directory)) as reader:
             claims = gather_claims(self.family, self.spec, parameters, reader.tensors)
             check_all_read(self.family, self.spec, reader.tensors, claims)
-            for name in (EMBEDDING, OUTPUT_LAYER):
-                if name in parameters:
-                    # What pads the vocabulary is in no file.
-                    parameters[name].detach().zero_()
             pieces = claims[rank].pieces
+            _zero_padding(parameters, pieces)
             everyone = [piece for claim in claims for piece in claim.pieces]
             load_pieces(parameters, reader, pieces, everyone, rank, self._bucket_bytes)
-            loaded = reader.bytes_read
+            loaded = Loaded(bytes_read=reader.bytes_read, nan=_everywhere(sorted(reader.nan)))
             self._compare_copies(reader, parameters, pieces)
-        return Loaded(bytes_read=loaded, nan=_everywhere(_not_numbers(parameters, pieces)))
+        return loaded
 
     def plan(self, model: Model, torch_dtype: torch.dtype | None = None) -> Plan:
         """Who owns what of `model` as HF tensors, in the types of the checkpoint or, where given, `torch_dtype`.
@@ -263,18 +260,12 @@ def _chunks(model: Model) -> Sequence[torch.nn.Module]:
     return [model] if isinstance(model, torch.nn.Module) else model
 
 
-def _not_numbers(parameters: Mapping[str, torch.Tensor], pieces: Iterable[Piece]) -> list[str]:
-    broken: list[str] = []
-    checked: dict[str, bool] = {}
-    for piece in pieces:
-        if piece.parameter not in checked:
-            # The least element is NaN when one is, and is found ten times faster than a mask; only then is it
-            # worth to look which one.
-            least = parameters[piece.parameter].detach().aminmax().min
-            checked[piece.parameter] = bool(least.isnan())
-        if checked[piece.parameter] and bool(piece.get(parameters[piece.parameter]).isnan().any()):
-            broken.append(piece.tensor)
-    return broken
+def _zero_padding(parameters: Mapping[str, torch.Tensor], pieces: Sequence[Piece]) -> None:
+    """What pads the vocabulary is in no file."""
+    for name in (EMBEDDING, OUTPUT_LAYER):
+        if name in parameters:
+            held = [piece.local_region[0][1] for piece in pieces if piece.parameter == name]
+            parameters[name].detach()[max(held, default=0) :].zero_()
 
 
 def _everywhere(found: Sequence[T]) -> tuple[T, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bridge.layouts import Region, Shape, region_numel, region_shape
+from bridge.layouts import Region, Shape, region_numel, region_of, region_shape
 from bridge.plan import TensorInfo
 from configs.errors import BasculeError
 
@@ -74,13 +74,17 @@ class SafetensorsFile:
 
     def read(self, name: str, region: Region, out: memoryview) -> int:
         """Fill `out` with the region's bytes, run by run; returns how many bytes were asked of the system."""
+        return sum(stop - start for start, stop in self.steps(name, region, out, len(out)))
+
+    def steps(self, name: str, region: Region, out: memoryview, step_bytes: int) -> Iterator[tuple[int, int]]:
+        """The same, giving [start, stop) of `out` as soon as it is filled, at most `step_bytes` at a time."""
         stored = self.tensors[name]
         offsets, size = runs(region, stored.info.shape, stored.info.dtype.itemsize)
-        position = 0
-        for offset in offsets:
-            self._fill(out[position : position + size], stored.offset + offset)
-            position += size
-        return position
+        for number, offset in enumerate(offsets):
+            for at in range(0, size, step_bytes):
+                start, stop = number * size + at, number * size + min(at + step_bytes, size)
+                self._fill(out[start:stop], stored.offset + offset + at)
+                yield start, stop
 
     def close(self) -> None:
         """Close the file; it cannot be read afterwards."""
@@ -131,6 +135,11 @@ def runs(region: Region, shape: Shape, itemsize: int) -> tuple[Sequence[int], in
     assert all(0 <= a <= b <= size for (a, b), size in zip(region, shape, strict=True)), (region, shape)
     if region_numel(region) == 0:
         return (), 0
+    if region[1:] == region_of(shape[1:]):
+        # Rows, or everything: what is asked for most.
+        row = math.prod(shape[1:]) * itemsize
+        start, stop = region[0] if region else (0, 1)
+        return (start * row,), (stop - start) * row
     strides = [math.prod(shape[dim + 1 :]) * itemsize for dim in range(len(shape))]
     partial = [dim for dim, side in enumerate(region) if side != (0, shape[dim])]
     inner = partial[-1] if partial else 0
