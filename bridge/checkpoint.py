@@ -67,6 +67,7 @@ class CheckpointReader:
 
     def __init__(self, directory: Path) -> None:
         """Reads the index and the headers. Raises CheckpointError listing all that is wrong with them."""
+        self.directory = directory
         self.bytes_read = 0
         """Bytes asked of the system for tensors so far."""
         self.nan: set[str] = set()

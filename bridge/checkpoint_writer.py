@@ -109,6 +109,11 @@ class CheckpointWriter:
         with _naming(self._journal), self._journal.open("a") as stream:
             stream.write(lines)
 
+    @property
+    def can_continue(self) -> bool:
+        """Whether commits are noted, so that an interrupted save can be continued."""
+        return self._key is not None
+
     def pending(self, names: Iterable[str]) -> list[str]:
         """Those of the tensors that this rank has not committed."""
         if self._key is None or not self._journal.exists():

@@ -106,17 +106,13 @@ def plan_of(
     tensors: Mapping[str, TensorInfo],
     claims: Sequence[Claims],
     torch_dtype: torch.dtype | None,
+    *,
+    with_copies: bool = True,
 ) -> Plan:
     """The plan of a model whose ranks hold `claims`, for the names of a checkpoint with `tensors`."""
     pieces = [piece for claim in claims for piece in claim.pieces]
     kept = frozenset[str]().union(*(claim.full_precision for claim in claims))
-    # Without the layers for multi-token prediction their copies stay as they are too.
-    with_mtp = _with_mtp(claims)
-    copies = {
-        name: original
-        for name, original in family.copies_in(spec, tensors).items()
-        if with_mtp or not family.is_extra_layer(spec, name)
-    }
+    copies = family.copies_in(spec, tensors) if with_copies else {}
     infos = [tensors[name] for name in [*hf_order(pieces), *copies]]
     if torch_dtype is not None:
         infos = [info if info.name in kept else replace(info, dtype=torch_dtype) for info in infos]

@@ -112,10 +112,13 @@ def _lead(piece: Piece) -> Region:
 
 def transfers(info: TensorInfo, pieces: Sequence[Piece]) -> tuple[Transfer, ...]:
     """Everything that moves between the pieces of a tensor and its file blocks, in one order for all ranks."""
+    by_lead: dict[Region, list[Piece]] = {}
+    for piece in pieces:
+        by_lead.setdefault(_lead(piece), []).append(piece)
     return tuple(
         Transfer(info=info, piece=piece, block=block, shared=shared)
         for block in file_blocks(info, pieces)
-        for piece in pieces
+        for piece in by_lead[block.region[:-2]]
         if (shared := intersect(block.region, piece.region)) is not None
     )
 
@@ -134,18 +137,34 @@ def from_bytes(message: torch.Tensor, dtype: torch.dtype, region: Region) -> tor
 
 
 def swap(
-    outgoing: Mapping[int, Sequence[torch.Tensor]], incoming: Mapping[int, int], device: torch.device
+    outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, int], device: torch.device
 ) -> dict[int, torch.Tensor]:
     """Send each rank one message, receive one of known size from each rank; returns those by rank."""
     received = {
         rank: torch.empty(nbytes, dtype=torch.uint8, device=device) for rank, nbytes in incoming.items()
     }
-    sends = [dist.P2POp(dist.isend, torch.cat(list(parts)), rank) for rank, parts in outgoing.items()]
+    sends = [dist.P2POp(dist.isend, message, rank) for rank, message in outgoing.items()]
     receives = [dist.P2POp(dist.irecv, message, rank) for rank, message in received.items()]
     if sends or receives:
         for work in dist.batch_isend_irecv([*sends, *receives]):
             work.wait()
     return received
+
+
+def _message(
+    moves: Sequence[Transfer], value: Callable[[Transfer], torch.Tensor], device: torch.device
+) -> torch.Tensor:
+    """The values of the moves one after the other, as bytes."""
+    message = torch.empty(sum(move.nbytes for move in moves), dtype=torch.uint8, device=device)
+    start = 0
+    for move in moves:
+        part = message[start : start + move.nbytes]
+        start += move.nbytes
+        if part.storage_offset() % move.info.dtype.itemsize:
+            part.copy_(as_bytes(value(move).to(move.info.dtype)))
+        else:
+            part.view(move.info.dtype).view(region_shape(move.shared)).copy_(value(move))
+    return message
 
 
 def _route(
@@ -156,16 +175,17 @@ def _route(
     device: torch.device,
 ) -> Iterator[tuple[Transfer, torch.Tensor]]:
     """Every move that ends at this rank with its values. `ends` says from which rank to which one it goes."""
-    outgoing: dict[int, list[torch.Tensor]] = {}
+    outgoing: dict[int, list[Transfer]] = {}
     incoming: dict[int, list[Transfer]] = {}
     for move in moves:
         source, target = ends(move)
         if source == rank != target:
-            outgoing.setdefault(target, []).append(as_bytes(value(move)).to(device))
+            outgoing.setdefault(target, []).append(move)
         elif target == rank != source:
             incoming.setdefault(source, []).append(move)
+    messages = {target: _message(going, value, device) for target, going in outgoing.items()}
     sizes = {source: sum(move.nbytes for move in coming) for source, coming in incoming.items()}
-    for source, message in swap(outgoing, sizes, device).items():
+    for source, message in swap(messages, sizes, device).items():
         coming = incoming[source]
         for move, part in zip(coming, message.split([move.nbytes for move in coming]), strict=True):
             yield move, from_bytes(part, move.info.dtype, move.shared)
@@ -194,17 +214,27 @@ def load_pieces(
         (whole if is_contiguous(piece.region, info.shape) else split).append(piece)
     for piece in sorted(whole, key=lambda piece: (reader.position(piece.tensor), piece.region)):
         _read_piece(reader, piece, parameters[piece.parameter])
-    for batch in _load_batches(reader, split, claims, bucket_bytes):
+    # What is read, sent and received is held together; smaller batches also stay in the processor's cache.
+    for batch in _load_batches(reader, split, claims, bucket_bytes // 4):
         _load_split(parameters, reader, batch, rank)
 
 
 def _read_piece(reader: Reader, piece: Piece, parameter: torch.Tensor) -> None:
-    shape, target = region_shape(piece.region), piece.target(parameter)
-    # The file's region may have a dimension of one more, for the expert; a fold may even mix dimensions.
-    if [side for side in shape if side > 1] == [side for side in target.shape if side > 1]:
-        reader.read_into(piece.tensor, piece.region, target.view(shape))
+    place = _place(piece, parameter)
+    if place is not None:
+        reader.read_into(piece.tensor, piece.region, place)
     else:
         piece.put(parameter, reader.read(piece.tensor, piece.region))
+
+
+def _place(piece: Piece, parameter: torch.Tensor) -> torch.Tensor | None:
+    """Where the piece goes, as a view of the parameter in the shape of the HF region; None if there is none.
+
+    The region may have a dimension of one more, for the expert; a fold may even mix dimensions.
+    """
+    shape, target = region_shape(piece.region), piece.target(parameter)
+    same = [side for side in shape if side > 1] == [side for side in target.shape if side > 1]
+    return target.view(shape) if same else None
 
 
 def _load_batches(
@@ -213,14 +243,12 @@ def _load_batches(
     """The moves of tensors that are split by columns, in the same batches on all ranks that share them."""
     names = {piece.tensor for piece in split}
     holders: dict[str, dict[Region, list[Piece]]] = {name: {} for name in names}
-    for claim in claims:
+    for claim in sorted(claims, key=lambda claim: claim.rank):
         if claim.tensor in names:
             holders[claim.tensor].setdefault(claim.region, []).append(claim)
     shared: dict[tuple[int, ...], list[tuple[Transfer, ...]]] = {}
     for piece in sorted(split, key=lambda piece: (reader.position(piece.tensor), piece.region)):
         by_region = holders[piece.tensor]
-        for claimants in by_region.values():
-            claimants.sort(key=lambda claim: claim.rank)
         # Replicas come in the order of their ranks, the same one for every region.
         replica = [claim.rank for claim in by_region[piece.region]].index(piece.rank)
         together = [
@@ -248,20 +276,25 @@ def _load_split(
 ) -> None:
     mine = {move.block for move in moves if move.block.rank == rank}
     blocks = {block: reader.read(block.tensor, block.region) for block in mine}
-    pieces = {
-        move.piece: torch.empty(region_shape(move.piece.region), dtype=move.info.dtype)
-        for move in moves
-        if move.piece.rank == rank
-    }
+    places: dict[Piece, torch.Tensor] = {}
+    folded: list[Piece] = []
+    for move in moves:
+        piece = move.piece
+        if piece.rank == rank and piece not in places:
+            place = _place(piece, parameters[piece.parameter])
+            if place is None:
+                place = torch.empty(region_shape(piece.region), dtype=move.info.dtype)
+                folded.append(piece)
+            places[piece] = place
 
     def value(move: Transfer) -> torch.Tensor:
         return blocks[move.block][slices(relative(move.shared, move.block.region))]
 
     device = next(iter(parameters.values())).device
     for move, part in _route(moves, rank, lambda move: (move.block.rank, move.piece.rank), value, device):
-        pieces[move.piece][slices(relative(move.shared, move.piece.region))] = part.to("cpu")
-    for piece, whole in pieces.items():
-        piece.put(parameters[piece.parameter], whole)
+        places[move.piece][slices(relative(move.shared, move.piece.region))].copy_(part)
+    for piece in folded:
+        piece.put(parameters[piece.parameter], places[piece])
 
 
 def save_pieces(
@@ -304,11 +337,11 @@ def _save_split(
 
     def value(move: Transfer) -> torch.Tensor:
         whole = move.piece.get(parameters[move.piece.parameter])
-        return whole[slices(relative(move.shared, move.piece.region))].to(move.info.dtype)
+        return whole[slices(relative(move.shared, move.piece.region))]
 
     device = next(iter(parameters.values())).device
     for move, part in _route(moves, rank, lambda move: (move.piece.rank, move.block.rank), value, device):
-        blocks[move.block][slices(relative(move.shared, move.block.region))] = part.to("cpu")
+        blocks[move.block][slices(relative(move.shared, move.block.region))].copy_(part)
     for block, rows in blocks.items():
         writer.write(block.tensor, block.region, rows)
 

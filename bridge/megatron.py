@@ -111,11 +111,10 @@ class _Names:
                 self._layers[_unwrapped(name)] = number - 1
             if name.endswith(".mlp.experts"):
                 layer = chunk.get_submodule(name.removesuffix(".experts"))
-                self._experts[name] = layer.local_expert_indices  # pyright: ignore[reportArgumentType]
+                self._experts[_one_name(name)] = layer.local_expert_indices  # pyright: ignore[reportArgumentType]
 
     def __call__(self, name: str) -> str:
-        for theirs, ours in _SAME:
-            name = name.replace(theirs, ours)
+        name = _one_name(name)
         prefix, experts, rest = name.partition(".mlp.experts.")
         if experts:
             indices = self._experts[prefix + ".mlp.experts"]
@@ -126,6 +125,12 @@ class _Names:
         if match is None:
             return name
         return f"decoder.layers.{self._layers[match[0][:-1]]}.{name[match.end() :]}"
+
+
+def _one_name(name: str) -> str:
+    for theirs, ours in _SAME:
+        name = name.replace(theirs, ours)
+    return name
 
 
 def _unwrapped(name: str) -> str:

@@ -22,15 +22,24 @@ import torch.distributed as dist
 from bridge.checkpoint import CheckpointError, CheckpointReader
 from bridge.checkpoint_writer import CheckpointWriter
 from bridge.claims import check_all_read, config_dtype, gather_claims, implied_tensors, plan_of
-from bridge.exchange import Writer, load_pieces, message_bytes, pack_bucket, save_pieces, unpack_bucket
+from bridge.exchange import (
+    Reader,
+    Writer,
+    load_pieces,
+    message_bytes,
+    pack_bucket,
+    save_pieces,
+    unpack_bucket,
+)
 from bridge.families import spec_of
-from bridge.layouts import Region, region_of
+from bridge.layouts import Region, region_of, region_shape, relative, slices
 from bridge.megatron import (
     EMBEDDING,
     OUTPUT_LAYER,
     named_parameters,
 )
 from bridge.plan import Bucket, Piece, Plan, TensorInfo
+from bridge.safetensors_file import CHUNK_BYTES, boxes
 from bridge.transport.gloo import bucket_views
 from configs.errors import BasculeError
 
@@ -77,6 +86,30 @@ class _Guarded:
         if isinstance(error, CheckpointError):
             self.failures.append(str(error))
         return isinstance(error, CheckpointError)
+
+
+class _GuardedReader:
+    """A reader that keeps its first error for later, as _Guarded does; what it then gives is of no use."""
+
+    def __init__(self, reader: CheckpointReader) -> None:
+        self._reader = reader
+        self.tensors = reader.tensors
+        self.failures: list[str] = []
+
+    def position(self, name: str) -> tuple[str, int]:
+        return self._reader.position(name)
+
+    def read(self, name: str, region: Region) -> torch.Tensor:
+        out = torch.empty(region_shape(region), dtype=self.tensors[name].dtype)
+        self.read_into(name, region, out)
+        return out
+
+    def read_into(self, name: str, region: Region, out: torch.Tensor) -> None:
+        if not self.failures:
+            try:
+                self._reader.read_into(name, region, out)
+            except CheckpointError as error:
+                self.failures.append(str(error))
 
 
 class ModelBridge:
@@ -138,23 +171,32 @@ class ModelBridge:
             pieces = claims[rank].pieces
             _zero_padding(parameters, pieces)
             everyone = [piece for claim in claims for piece in claim.pieces]
-            load_pieces(parameters, reader, pieces, everyone, rank, self._bucket_bytes)
+            guarded = _GuardedReader(reader)
+            load_pieces(parameters, guarded, pieces, everyone, rank, self._bucket_bytes)
+            _raise_everywhere(guarded.failures)
             loaded = Loaded(bytes_read=reader.bytes_read, nan=_everywhere(sorted(reader.nan)))
-            self._compare_copies(reader, parameters, pieces)
+            differ = self._differing_copies(guarded, parameters, pieces)
+            _raise_everywhere(guarded.failures)
+        if found := _everywhere(differ):
+            raise WeightError(
+                f"{reader.directory}: {'; '.join(found)}, although this kind of model shares them; if the model "
+                "has a head of its own, set tie_word_embeddings: false in config.json, else remove the copy"
+            )
         return loaded
 
-    def plan(self, model: Model, torch_dtype: torch.dtype | None = None) -> Plan:
+    def plan(self, model: Model, torch_dtype: torch.dtype | None = None, *, copies: bool = True) -> Plan:
         """Who owns what of `model` as HF tensors, in the types of the checkpoint or, where given, `torch_dtype`.
 
         Tensors that Megatron keeps in float32 (expert biases of routers) keep the checkpoint's type. The same
-        on every rank. Tensors the model does not hold are not in it.
+        on every rank. Tensors the model does not hold are not in it, and without `copies` neither are those
+        that only repeat another, which no engine needs.
         """
         parameters = named_parameters(_chunks(model))
         claims = gather_claims(self.family, self.spec, parameters, self._tensors)
         tensors = self._tensors
         if tensors is None:
             tensors = implied_tensors(self.family, self.spec, claims, config_dtype(self.directory))
-        return plan_of(self.family, self.spec, tensors, claims, torch_dtype)
+        return plan_of(self.family, self.spec, tensors, claims, torch_dtype, with_copies=copies)
 
     def export(
         self, model: Model, torch_dtype: torch.dtype | None = None
@@ -166,6 +208,8 @@ class ModelBridge:
         plan = self.plan(model, torch_dtype)
         parameters = named_parameters(_chunks(model))
         rank = dist.get_rank()
+        # NCCL moves only what is on a GPU.
+        device = next(iter(parameters.values())).device
         for bucket in plan.buckets(self._bucket_bytes):
             buffer = torch.empty(bucket.nbytes, dtype=torch.uint8)
             views = dict(bucket_views(buffer, bucket))
@@ -173,8 +217,9 @@ class ModelBridge:
                 message = pack_bucket(parameters, plan, bucket, rank) if owner == rank else None
                 if message is None:
                     message = torch.empty(message_bytes(plan, bucket, owner), dtype=torch.uint8)
+                message = message.to(device)
                 dist.broadcast(message, owner)
-                unpack_bucket(message, plan, bucket, owner, views)
+                unpack_bucket(message.cpu(), plan, bucket, owner, views)
             yield from views.items()
 
     def save(
@@ -202,22 +247,22 @@ class ModelBridge:
         guarded = _Guarded(writer)
         parameters = named_parameters(_chunks(model))
         save_pieces(parameters, guarded, self._unwritten(plan, writer), plan, rank)
-        if rank == 0 and carried:
-            self._carry_over(guarded, carried)
         with guarded:
+            self._carry_over(guarded, carried[rank :: dist.get_world_size()])
             writer.close()
-        failures = _everywhere(guarded.failures)
-        if failures:
-            raise CheckpointError("; ".join(failures))
+        _raise_everywhere(guarded.failures)
         _on_first_rank(lambda: writer.finish(self.directory, self._dequantized))
 
     def _unwritten(self, plan: Plan, writer: CheckpointWriter) -> list[Bucket]:
         """The buckets of which some rank has not committed its part, the same on every rank."""
         buckets = plan.buckets(self._bucket_bytes)
+        if not writer.can_continue:
+            return list(buckets)
+        pending = set(writer.pending(info.name for info in plan.tensors))
         mine = [
             number
             for number, bucket in enumerate(buckets)
-            if writer.pending(info.name for info in bucket.tensors)
+            if any(info.name in pending for info in bucket.tensors)
         ]
         return [buckets[number] for number in sorted(_everywhere(mine))]
 
@@ -229,31 +274,33 @@ class ModelBridge:
         stored = {**(self._tensors or {}), **self._others}
         return [info for name, info in stored.items() if name not in held]
 
-    def _carry_over(self, writer: Writer, carried: Iterable[TensorInfo]) -> None:
+    def _carry_over(self, writer: Writer, carried: Sequence[TensorInfo]) -> None:
+        if not carried:
+            return
         with CheckpointReader(self.directory) as reader:
             for info in carried:
-                whole = region_of(info.shape)
-                writer.write(info.name, whole, reader.read(info.name, whole))
+                for box in boxes(region_of(info.shape), CHUNK_BYTES // info.dtype.itemsize):
+                    writer.write(info.name, box, reader.read(info.name, box))
 
-    def _compare_copies(
-        self, reader: CheckpointReader, parameters: Mapping[str, torch.Tensor], pieces: Iterable[Piece]
-    ) -> None:
-        copies = self.family.copies_in(self.spec, reader.tensors)
+    def _differing_copies(
+        self, reader: Reader, parameters: Mapping[str, torch.Tensor], pieces: Iterable[Piece]
+    ) -> list[str]:
+        """Tensors that should repeat a piece of this rank's, and do not."""
         repeats: dict[str, list[str]] = {}
-        for name, original in copies.items():
+        for name, original in self.family.copies_in(self.spec, reader.tensors).items():
             repeats.setdefault(original, []).append(name)
         differ: list[str] = []
         for piece in pieces:
             for name in repeats.get(piece.tensor, ()):
                 held = piece.get(parameters[piece.parameter])
-                if not torch.equal(reader.read(name, piece.region).to(held), held):
-                    differ.append(f"{name} differs from {piece.tensor}")
-        everywhere = _everywhere(differ)
-        if everywhere:
-            raise WeightError(
-                f"{self.directory}: {'; '.join(everywhere)}, although this kind of model shares them; with a "
-                "head of its own the model needs tie_word_embeddings: false in config.json"
-            )
+                for box in boxes(piece.region, CHUNK_BYTES // held.itemsize):
+                    part = held[slices(relative(box, piece.region))].contiguous()
+                    copy = reader.read(name, box).to(part)
+                    # As bytes: two that are both NaN are the same.
+                    if not torch.equal(part.view(torch.uint8), copy.view(torch.uint8)):
+                        differ.append(f"{name} differs from {piece.tensor}")
+                        break
+        return differ
 
 
 def _chunks(model: Model) -> Sequence[torch.nn.Module]:
@@ -273,6 +320,13 @@ def _everywhere(found: Sequence[T]) -> tuple[T, ...]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, list(found))
     return tuple(sorted(set[T]().union(*everyone)))
+
+
+def _raise_everywhere(failures: Sequence[str]) -> None:
+    """Raises CheckpointError on every rank when one has a failure."""
+    found = _everywhere(failures)
+    if found:
+        raise CheckpointError("; ".join(found))
 
 
 def _on_first_rank(action: Any) -> None:
