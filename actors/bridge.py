@@ -97,10 +97,11 @@ class WeightBridge:
         self._trainers = trainers
         self._engines = engines
         plan = trainers.plan
-        buckets = plan.buckets(int(config.bridge.bucket_size_mb * (1 << 20)))
+        bucket_bytes = int(config.bridge.bucket_size_mb * (1 << 20))
+        buckets = plan.buckets(bucket_bytes)
         options: Mapping[str, Any] = reservation.options("bridge", 0)
         self._bridge: Any = ray.remote(Bridge).options(**options).remote(plan, buckets)
-        trainers.follow(buckets)
+        trainers.follow(bucket_bytes)
         self._connect(config, buckets)
 
     def _connect(self, config: RunConfig, buckets: Sequence[Bucket]) -> None:

@@ -13,7 +13,7 @@ from actors.checkpoint_files import find_iteration, replace_directory
 from actors.cluster import connect
 from actors.env import check_one_source, resolve_device
 from actors.metrics import Console
-from actors.model_source import ModelSource, find_model, tensors_of, write_beside
+from actors.model_source import ModelSource, count_parameters, find_model, tensors_of, write_beside
 from actors.placement import Reservation, export_bundles, reserve
 from actors.precision import SampleBatch, compare_logits, reference_logits, sample_tokens
 from actors.ranks import free_address, join, start_ranks
@@ -79,7 +79,7 @@ class ExportRank:
             self._bridge.spec,
             device=cast("Device", task.device),
             load=lambda chunks: None,
-            mtp=self._bridge.has_mtp,
+            mtp=self._with_mtp(),
         )
         if task.source.mcore is not None:
             from actors.megatron_checkpoint import load_torch_dist
@@ -87,6 +87,15 @@ class ExportRank:
             load_torch_dist(self._model.chunks, task.source.mcore)
             return ()
         return self._bridge.load(self._model.chunks).nan
+
+    def _with_mtp(self) -> bool:
+        """Whether there are weights for the layers for multi-token prediction."""
+        mcore = self._task.source.mcore
+        if mcore is None:
+            return self._bridge.has_mtp
+        from actors.megatron_checkpoint import holds
+
+        return holds(mcore, "mtp.")
 
     def _parameter_dtype(self) -> torch.dtype:
         return (
@@ -208,12 +217,11 @@ def export(config: ExportConfig, console: Console) -> dict[str, Any]:
     if output.exists() and not config.exist_ok:
         raise ConfigError(f"output_dir: {output} exists; choose another, or set exist_ok to replace it")
     device = resolve_device(config.device)
-    tensors = tensors_of(source)
-    num_bytes = sum(info.nbytes for info in (tensors or {}).values())
+    num_parameters, in_experts = count_parameters(source)
     task = Task(config=config, source=source, device=device, target=_target(config, output))
     with connect(config.cluster) as cluster:
         reservation = reserve(
-            export_bundles(config, num_bytes, device),
+            export_bundles(config, num_parameters, device, in_experts),
             timeout_s=config.cluster.placement_timeout_s,
             can_grow=not cluster.local,
         )

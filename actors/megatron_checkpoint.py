@@ -124,6 +124,12 @@ def load_torch_dist(
     return int(loaded.get("iteration", 0))
 
 
+def holds(directory: Path, prefix: str) -> bool:
+    """Whether the checkpoint has keys that begin with `prefix`; every rank must call it. Raises like a load."""
+    metadata, _ = _read_metadata(find_iteration(directory))
+    return any(key.startswith(prefix) for key in metadata.state_dict_metadata)
+
+
 def _model_keys(chunks: Sequence[MegatronModule]) -> list[str]:
     """Megatron-LM's names of a rank's models in the state."""
     return ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]

@@ -56,14 +56,17 @@ def tensors_of(source: ModelSource) -> Mapping[str, TensorInfo] | None:
     }
 
 
-def count_parameters(source: ModelSource) -> int:
-    """Elements of all tensors; an estimate where only a torch_dist checkpoint knows. Raises like tensors_of."""
+def count_parameters(source: ModelSource) -> tuple[int, int]:
+    """Elements of all tensors, and how many of them are in routed experts; the first is an estimate, the second
+    unknown and zero, where only a torch_dist checkpoint tells. Raises like tensors_of.
+    """
     tensors = tensors_of(source)
-    if tensors is not None:
-        return sum(math.prod(info.shape) for info in tensors.values())
-    assert source.mcore is not None, "a source without tensors is a torch_dist checkpoint"
-    # Two bytes each, if nothing but weights is in there.
-    return sum(path.stat().st_size for path in find_iteration(source.mcore).glob("*.distcp")) // 2
+    if tensors is None:
+        assert source.mcore is not None, "a source without tensors is a torch_dist checkpoint"
+        # Two bytes each, if nothing but weights is in there.
+        return sum(path.stat().st_size for path in find_iteration(source.mcore).glob("*.distcp")) // 2, 0
+    sizes = {name: math.prod(info.shape) for name, info in tensors.items()}
+    return sum(sizes.values()), sum(size for name, size in sizes.items() if ".experts." in name)
 
 
 def write_beside(directory: Path, source: Path, tensors: Mapping[str, TensorInfo] | None) -> None:

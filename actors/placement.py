@@ -9,7 +9,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from configs.errors import BasculeError
 from configs.export import ExportConfig
-from configs.schema import RunConfig
+from configs.schema import LayoutConfig, RunConfig
 
 _GIB = 1 << 30
 _SMALL_CPUS = 0.1
@@ -60,15 +60,20 @@ class Reservation:
         }
 
 
-def bundles_of(config: RunConfig, num_parameters: int, device: str) -> tuple[Bundle, ...]:
-    """The bundles of a run, with memory estimated from the number of parameters of the model."""
+def bundles_of(
+    config: RunConfig, num_parameters: int, device: str, in_experts: int = 0
+) -> tuple[Bundle, ...]:
+    """The bundles of a run, with memory estimated from the model's parameters and those `in_experts` of them."""
     trainer, rollout, cluster = config.trainer, config.rollout, config.cluster
     gpus = 1 if device == "cuda" else 0
     item = 2 if config.model.torch_dtype == "bfloat16" else 4
-    share = num_parameters // (trainer.tensor_model_parallel_size * trainer.pipeline_model_parallel_size)
     # Parameters, float32 gradients, and float32 main parameters with two moments, split over replicas.
-    state = share * (item + 4 + 12 // trainer.data_parallel_size)
-    reference = share * item if config.algorithm == "grpo" and config.grpo.beta > 0 else 0
+    state = sum(
+        share * (item + 4) + share * 12 // replicas
+        for share, replicas in _shares(trainer, num_parameters, in_experts)
+    )
+    frozen = sum(share * item for share, _ in _shares(trainer, num_parameters, in_experts))
+    reference = frozen if config.algorithm == "grpo" and config.grpo.beta > 0 else 0
     ranks = [
         Bundle(
             owner="trainer", cpus=cluster.cpus_per_trainer_rank, gpus=gpus, memory=_GIB + state + reference
@@ -91,10 +96,24 @@ def bundles_of(config: RunConfig, num_parameters: int, device: str) -> tuple[Bun
     return (*ranks, *[engine] * rollout.num_engines, *small)
 
 
-def export_bundles(config: ExportConfig, num_bytes: int, device: str) -> tuple[Bundle, ...]:
-    """The bundles of an export: its ranks, each with a share of the model's `num_bytes`."""
+def _shares(layout: LayoutConfig, num_parameters: int, in_experts: int) -> list[tuple[int, int]]:
+    """What a rank holds of the parameters outside of experts and inside, and how many ranks hold the same."""
+    dense = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
+    experts = layout.expert_model_parallel_size * layout.expert_tensor_size
+    experts *= layout.pipeline_model_parallel_size
+    return [
+        (count // ranks, max(1, layout.world_size // ranks))
+        for count, ranks in ((num_parameters - in_experts, dense), (in_experts, experts))
+    ]
+
+
+def export_bundles(
+    config: ExportConfig, num_parameters: int, device: str, in_experts: int = 0
+) -> tuple[Bundle, ...]:
+    """The bundles of an export: its ranks, each with its share of the model."""
     layout = config.layout
-    share = num_bytes // (layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size)
+    item = 4 if config.torch_dtype == "float32" else 2
+    share = sum(share * item for share, _ in _shares(layout, num_parameters, in_experts))
     rank = Bundle(
         owner="export",
         cpus=config.cluster.cpus_per_trainer_rank,

@@ -19,9 +19,10 @@ from algorithms.datasets import make_prompts, make_sft_samples, read_rows
 from algorithms.prompts import PromptStream
 from algorithms.rewards.loading import Reward, check_arguments, load_rewards
 from algorithms.roles import Roles
+from bridge.checkpoint import CheckpointReader
 from bridge.families import spec_of
 from bridge.fit import check_layout
-from bridge.rules import MegatronSpec
+from bridge.rules import Family, MegatronSpec
 from configs.errors import BasculeError, ConfigError
 from configs.load import dump_config
 from configs.schema import RunConfig
@@ -49,9 +50,11 @@ def prepare(config: RunConfig) -> Prepared:
     device = resolve_device(config.model.device)
     source = find_model(config.model.model, config.model.mcore_model, "model.model")
     model_dir = source.directory
-    _, spec = spec_of(model_dir)
+    family, spec = spec_of(model_dir)
+    if config.algorithm == "grpo":
+        _check_engines_can_follow(family, source)
     check_layout(spec, config.trainer)
-    num_parameters = count_parameters(source)
+    num_parameters, in_experts = count_parameters(source)
     is_grpo = config.algorithm == "grpo"
     tokenizer = _tokenizer(model_dir)
     rows = read_rows(config.data, "train", config.seed)
@@ -75,12 +78,28 @@ def prepare(config: RunConfig) -> Prepared:
         spec=spec,
         num_parameters=num_parameters,
         device=device,
-        bundles=bundles_of(config, num_parameters, device),
+        bundles=bundles_of(config, num_parameters, device, in_experts),
         prompts=tuple(prompts),
         held_out=tuple(held_out),
         samples=tuple(samples),
         rewards=tuple(rewards),
     )
+
+
+def _check_engines_can_follow(family: Family, source: ModelSource) -> None:
+    """Raises ConfigError when vLLM cannot take new weights for the model while it runs."""
+    if "gpt_oss" in family.model_types:
+        raise ConfigError(
+            f"{source.directory / 'config.json'}: model_type gpt_oss cannot be trained by grpo: vLLM 0.32 cannot "
+            "load its experts and sinks into a running engine; sft and export work"
+        )
+    if source.mcore is None:
+        with CheckpointReader(source.directory) as reader:
+            if reader.quantized:
+                raise ConfigError(
+                    f"{source.directory}: is quantized, so its engines would be too, and could not take the "
+                    "trainer's weights; make it BF16 first: bascule export --to_mcore true, then --to_hf true"
+                )
 
 
 def _reference(config: RunConfig, policy: ModelSource, spec: MegatronSpec) -> ModelSource | None:
@@ -214,11 +233,19 @@ def _warn(warnings: Sequence[str], console: Console) -> None:
         console.line(f"warning: {warning}")
 
 
+def _is_own_checkpoint(directory: Path, path: Path) -> bool:
+    """Whether `path` is, or is in, a place where a run in `directory` saves."""
+    if directory not in path.parents:
+        return False
+    return path.relative_to(directory).parts[0].startswith("checkpoint")
+
+
 def _make_directory(config: RunConfig, prepared: Prepared) -> Path:
     """The run directory, with the resolved config in it. Raises ConfigError when it holds a run already."""
     directory = config.output_dir.resolve()
     sources = [source for source in (prepared.source, prepared.reference) if source is not None]
-    if directory / "checkpoint" in {path for source in sources for path in (source.directory, source.mcore)}:
+    read = [path for source in sources for path in (source.directory, source.mcore) if path is not None]
+    if any(_is_own_checkpoint(directory, path) for path in read):
         raise ConfigError(
             f"output_dir: {directory} would replace the checkpoint that the run starts from; choose another"
         )

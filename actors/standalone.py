@@ -5,6 +5,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
 from actors.env import resolve_device
 from bridge.model_bridge import ModelBridge
 from configs.schema import LayoutConfig
@@ -29,6 +31,9 @@ def start_megatron(layout: LayoutConfig, *, device: str = "auto", seed: int = 42
     from actors.megatron_setup import initialize_megatron
 
     alone = "RANK" not in os.environ
+    if device == "cuda" and not alone:
+        # Untested: no machine with GPUs was available.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store = Path(tempfile.mkdtemp()) / "store"
     initialize_megatron(
         layout,

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Started:
-    """What a rank has to say once it holds the weights."""
+    """What a rank has to say once it holds the weights. Only rank 0 tells the plan, which all have."""
 
-    plan: Plan
+    plan: Plan | None
     warnings: tuple[str, ...]
 
 
@@ -77,8 +77,8 @@ class TrainerRank:
             load = partial(_load, bridge, reference, warnings)
             self._reference = FrozenModel(config.trainer, self._dtype, bridge.spec, device=device, load=load)
         self._parameters = named_parameters(self._model.chunks)
-        self._plan = self._weights.plan(self._model.chunks, self._dtype)
-        return Started(plan=self._plan, warnings=tuple(warnings))
+        self._plan = self._weights.plan(self._model.chunks, self._dtype, copies=False)
+        return Started(plan=self._plan if self._rank == 0 else None, warnings=tuple(warnings))
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -97,9 +97,9 @@ class TrainerRank:
         model = self._reference if reference else self._model
         return model.logprobs(micro_batches, self._config.loss_temperature)
 
-    def follow(self, buckets: Sequence[Bucket]) -> None:
-        """Take the buckets of the plan; from now on sending needs no more words."""
-        self._buckets = tuple(buckets)
+    def follow(self, bucket_bytes: int) -> None:
+        """Cut the plan into buckets; from now on sending needs no more words."""
+        self._buckets = self._plan.buckets(bucket_bytes)
 
     def connect_bridge(self, host: str, port: int) -> None:
         """Join the group of the bridge (rank 0) and all trainer ranks (their rank plus 1)."""
@@ -140,7 +140,11 @@ class TrainerRank:
             iteration=iteration,
         )
         if self._rank == 0:
-            write_beside(directory, self._weights.directory, self._weights.tensors)
+            family, spec = self._weights.family, self._weights.spec
+            tensors = self._weights.tensors or {info.name: info for info in self._plan.tensors}
+            # The layers for multi-token prediction are not in the model.
+            held = {name: info for name, info in tensors.items() if not family.is_extra_layer(spec, name)}
+            write_beside(directory, self._weights.directory, held)
 
 
 def _load(bridge: "ModelBridge", source: ModelSource, warnings: list[str], chunks: list[Any]) -> None:
@@ -151,7 +155,8 @@ def _load(bridge: "ModelBridge", source: ModelSource, warnings: list[str], chunk
         return
     from actors.megatron_checkpoint import load_torch_dist
 
-    load_torch_dist(chunks, source.mcore)
+    # Layers for multi-token prediction are not trained, so the model is built without them.
+    load_torch_dist(chunks, source.mcore, ignored=("mtp.",))
 
 
 class TrainerGroup:
@@ -179,6 +184,7 @@ class TrainerGroup:
         started: list[Started] = self._all(
             [rank.start.remote(address, source, reference) for rank in self.ranks], "load", timeout_s
         )
+        assert started[0].plan is not None, "rank 0 tells the plan"
         self.plan = started[0].plan
         self.warnings = started[0].warnings
 
@@ -198,9 +204,9 @@ class TrainerGroup:
         """The same under the reference."""
         return self._logprobs(batch, reference=True)
 
-    def follow(self, buckets: Sequence[Bucket]) -> None:
-        """Give the buckets of the plan to every rank."""
-        self._all([rank.follow.remote(buckets) for rank in self.ranks], "plan")
+    def follow(self, bucket_bytes: int) -> None:
+        """Let every rank cut the plan into buckets of this size."""
+        self._all([rank.follow.remote(bucket_bytes) for rank in self.ranks], "plan")
 
     def connect_bridge(self, host: str, port: int) -> list[Any]:
         """Refs of the ranks joining the bridge's group; it forms when the bridge joins too."""

@@ -64,8 +64,11 @@ class ExportConfig(Section):
         if self.to_hf and self.mcore_model is None:
             raise ValueError("mcore_model: --to_hf true needs the torch_dist directory to convert")
         for name, source in (("model", self.model), ("mcore_model", self.mcore_model)):
-            if source is not None and Path(source).resolve() == self.output_dir.resolve():
+            target = self.output_dir.resolve()
+            if source is not None and Path(source).resolve() == target:
                 raise ValueError(f"output_dir: {self.output_dir} is {name} itself, which is never replaced")
+            if source is not None and target in Path(source).resolve().parents:
+                raise ValueError(f"output_dir: {self.output_dir} holds {name}, which is never replaced")
         if self.layout.sequence_parallel and self.layout.tensor_model_parallel_size == 1:
             raise ValueError("layout.sequence_parallel: needs tensor_model_parallel_size of 2 or more")
         return self

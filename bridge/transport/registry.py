@@ -6,13 +6,15 @@ import os
 import threading
 
 OWNED_ENGINE = "BASCULE_OWNED_ENGINE"
-"""Environment variable, "1" in the processes of an engine actor."""
+"""Environment variable, "1" in the processes of our own engines."""
 
 
 def register() -> None:
     """Make the weight-transfer backend `gloo` known to vLLM. May be called again.
 
-    Inside an engine actor's processes it also ties each child to the life of its parent.
+    In processes of our own engines (actors and `bascule infer`) it also ties each child to the life of its parent
+    and, on CPU, repairs the rotary embedding. Raises BasculeError there when vLLM is another version than the
+    repair was written for. An engine that someone else starts in this environment is left as it is.
     """
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
@@ -23,6 +25,17 @@ def register() -> None:
         )
     if os.environ.get(OWNED_ENGINE) == "1":
         exit_with_parent()
+        _repair()
+
+
+def _repair() -> None:
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from bridge.transport.vllm_fixes import require_written_for, rotate_heads_flat
+
+        require_written_for()
+        rotate_heads_flat()
 
 
 def exit_with_parent() -> None:

@@ -1,6 +1,8 @@
-"""Repairs of vLLM's layerwise weight reload. Each is called by name, on one model, from our transfer engine.
+"""Repairs of vLLM's layerwise weight reload and of its rotary embedding on CPU.
 
-Written for vLLM 0.32; the names they use are private to it, so any other version is refused.
+Those of the reload are called by name, on one model, from our transfer engine; that of the rotary embedding is
+installed once in each engine process, before it builds a model. Written for vLLM 0.32; the names they use are
+private to it, so any other version is refused.
 """
 
 import functools
@@ -9,8 +11,10 @@ from typing import Any
 
 import torch
 import vllm
+from vllm import _custom_ops as ops
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
@@ -27,7 +31,7 @@ def require_written_for() -> None:
     """Raises BasculeError when the installed vLLM is not the one that these repairs were written for."""
     if not vllm.__version__.startswith("0.32."):
         raise BasculeError(
-            f"vllm {vllm.__version__}: weight updates are repaired for 0.32 only; install vllm 0.32 "
+            f"vllm {vllm.__version__}: what is wrong in it is repaired for 0.32 only; install vllm 0.32 "
             "or revise bridge/transport/vllm_fixes.py"
         )
 
@@ -106,6 +110,31 @@ def prepack_experts_on_update(model: torch.nn.Module) -> None:
         method = getattr(layer, "quant_method", None)
         if isinstance(method, UnquantizedFusedMoEMethod) and "_setup_kernel" not in vars(method):
             vars(method)["_setup_kernel"] = functools.partial(_setup_and_pack, method, method._setup_kernel)
+
+
+def rotate_heads_flat() -> None:
+    """Give the CPU's rotary kernel queries and keys as [tokens, heads * head size]. May be repeated.
+
+    Symptom: given [tokens, heads, head size], as latent attention (DeepSeek-V2 and -V3) does, the kernel takes the
+    number of heads and the distance between tokens from the wrong dimensions; samples and log-probabilities are
+    silently wrong. The scaled embedding of DeepSeek's YaRN does not use the kernel and is right.
+    To be dropped when RotaryEmbedding.forward_cpu equals forward_native for a query of three dimensions.
+    """
+    RotaryEmbedding.forward_cpu = _forward_flat
+
+
+def _forward_flat(
+    self: RotaryEmbedding, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """In place where the heads of a token lie side by side, as before; callers take what is returned."""
+    tokens = positions.numel()
+    flat_query = query.reshape(tokens, -1)
+    flat_key = None if key is None else key.reshape(tokens, -1)
+    cache = self._match_cos_sin_cache_dtype(query)
+    ops.rotary_embedding(positions, flat_query, flat_key, self.head_size, cache, self.is_neox_style)
+    if key is None or flat_key is None:
+        return flat_query.view(query.shape), None
+    return flat_query.view(query.shape), flat_key.view(key.shape)
 
 
 def _setup_and_pack(method: Any, setup_kernel: Callable[..., None], layer: Any, **weights: Any) -> None:

@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import BaseModel
+from safetensors.torch import save_file
 
 from actors.cli import main
 from actors.env import PACKAGES, check_one_source
@@ -158,3 +160,38 @@ def test_a_directory_with_a_run_is_not_overwritten_unasked(
     assert main([*arguments, "--exist_ok", "--model.model", str(tmp_path / "checkpoint")]) == 2
     assert "would replace the checkpoint that the run starts from" in capsys.readouterr().err
     assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
+
+
+def test_models_whose_engines_could_not_follow_are_refused_for_grpo(
+    workspace: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from transformers import GptOssConfig
+
+    GptOssConfig(num_hidden_layers=2).save_pretrained(tmp_path)
+    assert "model_type gpt_oss cannot be trained by grpo" in fails(
+        workspace, capsys, "--model.model", str(tmp_path)
+    )
+    scaled = {
+        "model.layers.0.mlp.up_proj.weight": torch.zeros(8, 8).to(torch.float8_e4m3fn),
+        "model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(1, 1),
+    }
+    shutil.copytree(workspace / "model", tmp_path / "fp8")
+    save_file(scaled, tmp_path / "fp8" / "model.safetensors")
+    path = tmp_path / "fp8" / "config.json"
+    values = json.loads(path.read_text()) | {
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    }
+    path.write_text(json.dumps(values))
+    assert "is quantized, so its engines would be too" in fails(
+        workspace, capsys, "--model.model", str(tmp_path / "fp8")
+    )
+
+
+def test_a_run_never_replaces_the_checkpoint_it_starts_from(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(workspace / "model", workspace / "own" / "checkpoint-10")
+    model = str(workspace / "own" / "checkpoint-10")
+    arguments = ["--model.model", model, "--output_dir", str(workspace / "own")]
+    assert main(["sft", "--config", str(workspace / "sft.yaml"), *arguments]) == 2
+    assert "would replace the checkpoint that the run starts from" in capsys.readouterr().err

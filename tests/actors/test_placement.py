@@ -71,6 +71,18 @@ def test_memory_is_what_the_parts_need_written_out() -> None:
     assert "4 x trainer" in describe(bundles)
 
 
+def test_experts_are_shared_by_their_own_ranks_written_out() -> None:
+    gib = 1 << 30
+    layout = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "data_parallel_size": 4}
+    layout |= {"expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1}
+    bundles = bundles_of(config(algorithm="sft", trainer=layout), 1_000_000, "cpu", in_experts=800_000)
+    assert len(bundles) == 8
+    # Two of eight ranks share what is outside of experts, so 4 split its optimizer state; four share the
+    # experts, so 2 split theirs.
+    dense, experts = 200_000 // 2, 800_000 // 4
+    assert bundles[0].memory == gib + dense * 6 + dense * 12 // 4 + experts * 6 + experts * 12 // 2
+
+
 def test_sft_reserves_trainers_only_and_cuda_asks_for_gpus() -> None:
     bundles = bundles_of(config(algorithm="sft"), 1000, "cuda")
     assert [(each.owner, each.gpus) for each in bundles] == [("trainer", 1)]

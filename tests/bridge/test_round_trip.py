@@ -60,6 +60,13 @@ VARIANTS: dict[str, Case] = {
         source="gpt_oss-mxfp4", expected="gpt_oss-mxfp4-values", layout=LAYOUTS["ep2"], dtype="bfloat16"
     ),
 }
+TRAINED: dict[str, Case] = {
+    "trained without mtp": Case(
+        kind="trained", source="deepseek_v3-deep", layout=LAYOUTS["tp2-sp-etp1"], mtp=False
+    ),
+    "trained without mtp pp": Case(kind="trained", source="glm4_moe-deep", layout=LAYOUTS["pp2"], mtp=False),
+    "trained with mtp": Case(kind="trained", source="deepseek_v3-deep", layout=LAYOUTS["pp2"]),
+}
 DEQUANTIZED = [name for name, case in VARIANTS.items() if case.expected]
 SEVERAL_FILES = [name for name, case in VARIANTS.items() if case.max_shard_size == SHARD_SIZE]
 FAULTS: dict[str, Case] = {
@@ -84,7 +91,7 @@ Outcomes = Callable[[str], list[dict[str, Any]]]
 def cases() -> dict[str, Case]:
     """All cases by name."""
     drawn = dict(zip(DRAWN, draw(SEED).cases.values(), strict=True))
-    return {**MATRIX, **VARIANTS, **FAULTS, **CONTINUED, **drawn}
+    return {**MATRIX, **VARIANTS, **TRAINED, **FAULTS, **CONTINUED, **drawn}
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +234,13 @@ def test_types_and_files_of_all_kinds_go_round(name: str, outcomes: Outcomes) ->
     ranks = outcomes(name)
     assert [rank["wrong"] for rank in ranks] == [[]] * len(ranks)
     assert all(rank["nan"] == (NAN_NAMES if name == "nan" else []) for rank in ranks)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_trained_weights_are_saved_with_their_copies_and_load_again(name: str, outcomes: Outcomes) -> None:
+    for rank in outcomes(name):
+        assert rank["error"] == ""
+        assert rank["wrong"] == []
 
 
 @pytest.mark.parametrize("name", SEVERAL_FILES)

@@ -62,6 +62,7 @@ def test_a_file_and_a_dump_give_the_same_config(tmp_path: Path) -> None:
         (TO_MCORE[:-2], "output_dir is required"),
         ((*TO_MCORE[:-1], "./x/../m"), "is model itself, which is never replaced"),
         ((*TO_HF[:-1], "c"), "output_dir: c is mcore_model itself"),
+        ((*TO_HF[:-1], "c", "--mcore_model", "c/iter_0000001"), "output_dir: c holds mcore_model"),
         ((*TO_MCORE, "--sequence_parallel"), "needs tensor_model_parallel_size of 2 or more"),
         ((*TO_MCORE, "--torch_dtype", "int8"), "torch_dtype is 'int8'"),
         ((*TO_MCORE, "--max_shard_size", "5 stones"), "'5 stones' is no size"),
