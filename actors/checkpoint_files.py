@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bridge.safetensors_file import DTYPES
+from bridge.safetensors_file import DTYPES, parse_json
 from bridge.side_files import side_files
 from configs.errors import BasculeError, ConfigError
 
@@ -96,6 +96,13 @@ def copy_side_files(source: Path, directory: Path) -> list[str]:
         except OSError as error:
             raise BasculeError(f"{path}: cannot be copied to {directory}: {error.strerror}") from error
     return [path.name for path in paths]
+
+
+def drop_quantization(path: Path) -> None:
+    """Take `quantization_config` out of a config.json; without the key the file stays as it is, byte for byte."""
+    config = parse_json(path, path.read_bytes())
+    if config.pop("quantization_config", None) is not None:
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def write_source_index(directory: Path, tensors: Sequence[SourceTensor]) -> None:

@@ -9,6 +9,7 @@ from actors.checkpoint_files import (
     SourceTensor,
     checkpoint_root,
     copy_side_files,
+    drop_quantization,
     find_iteration,
     read_source_index,
     write_source_index,
@@ -72,6 +73,8 @@ def count_parameters(source: ModelSource) -> tuple[int, int]:
 def write_beside(directory: Path, source: Path, tensors: Mapping[str, TensorInfo] | None) -> None:
     """Put what a torch_dist checkpoint lacks of a model beside it: config, tokenizer, and the list of tensors."""
     copy_side_files(source, directory)
+    # No tensor of the checkpoint is quantized.
+    drop_quantization(directory / "config.json")
     if tensors is not None:
         names = {dtype: name for name, dtype in DTYPES.items()}
         write_source_index(

@@ -13,6 +13,7 @@ from actors.checkpoint_files import (
     SourceTensor,
     checkpoint_root,
     copy_side_files,
+    drop_quantization,
     find_iteration,
     iteration_name,
     read_source_index,
@@ -83,6 +84,18 @@ def test_side_files_are_copied_and_weights_are_not(tmp_path: Path) -> None:
     assert copy_side_files(source, target) == sorted(kept)
     assert sorted(path.name for path in target.iterdir()) == sorted(kept)
     assert (target / "config.json").read_text() == "config.json"
+
+
+def test_a_config_loses_its_quantization_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(
+        '{"model_type": "llama", "quantization_config": {"quant_method": "fp8"}, "dtype": "bfloat16"}'
+    )
+    drop_quantization(path)
+    assert json.loads(path.read_text()) == {"model_type": "llama", "dtype": "bfloat16"}
+    path.write_text('{"model_type":   "llama"}')
+    drop_quantization(path)
+    assert path.read_text() == '{"model_type":   "llama"}'
 
 
 def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
