@@ -3,6 +3,7 @@
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,7 +14,7 @@ from actors.checkpoint_files import find_iteration, replace_directory
 from actors.cluster import connect
 from actors.env import check_one_source, resolve_device
 from actors.metrics import Console
-from actors.model_source import ModelSource, count_parameters, find_model, tensors_of, write_beside
+from actors.model_source import ModelSource, find_model, model_size, tensors_of, write_beside
 from actors.placement import Reservation, export_bundles, reserve
 from actors.precision import SampleBatch, compare_logits, reference_logits, sample_tokens
 from actors.ranks import free_address, join, start_ranks
@@ -122,9 +123,12 @@ class ExportRank:
             return
         from actors.megatron_checkpoint import save_torch_dist
 
-        save_torch_dist(self._model.chunks, target, iteration=_ITERATION)
-        if self._rank == 0:
-            write_beside(target, self._bridge.directory, self._bridge.tensors)
+        save_torch_dist(
+            self._model.chunks,
+            target,
+            iteration=_ITERATION,
+            write_beside=partial(write_beside, target, self._bridge, mtp=True),
+        )
 
     def verify(self, output: Path) -> tuple[int, list[str]]:
         """Number of tensors, and names of those that are not, bit for bit, what they should be.
@@ -209,19 +213,19 @@ def export(config: ExportConfig, console: Console) -> dict[str, Any]:
     """
     check_one_source()
     source = find_model(config.model, config.mcore_model, "model")
-    if source.mcore is not None:
-        find_iteration(source.mcore)
+    output = config.output_dir.resolve()
+    if source.mcore is not None and find_iteration(source.mcore) == output:
+        raise ConfigError(f"output_dir: {output} is what mcore_model is read from, which is never replaced")
     _, spec = spec_of(source.directory)
     check_layout(spec, config.layout, training=False)
-    output = config.output_dir.resolve()
     if output.exists() and not config.exist_ok:
         raise ConfigError(f"output_dir: {output} exists; choose another, or set exist_ok to replace it")
     device = resolve_device(config.device)
-    num_parameters, in_experts = count_parameters(source)
+    size = model_size(source)
     task = Task(config=config, source=source, device=device, target=_target(config, output))
     with connect(config.cluster) as cluster:
         reservation = reserve(
-            export_bundles(config, num_parameters, device, in_experts),
+            export_bundles(config, size, device),
             timeout_s=config.cluster.placement_timeout_s,
             can_grow=not cluster.local,
         )

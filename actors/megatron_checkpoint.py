@@ -60,13 +60,15 @@ def save_torch_dist(
     optimizer: Any = None,
     scheduler: Any = None,
     iteration: int,
+    write_beside: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write `directory`/iter_NNNNNNN and make it the latest; every rank must call it. Returns that directory.
 
     `chunks` are the bare models of this rank, one for each virtual stage; `directory` is on a file system that
     the ranks share. The iteration appears under its name only when all ranks have written it, and replaces
-    an older one of the same number. Raises MegatronCheckpointError on every rank, naming the directory; the
-    unfinished part is then removed.
+    an older one of the same number. Before that rank 0 calls `write_beside`, which puts into `directory` what
+    belongs to a checkpoint besides its iterations. Raises MegatronCheckpointError on every rank, naming the
+    directory; the unfinished part is then removed.
     """
     final = directory / iteration_name(iteration)
     partial = final.with_name(final.name + ".partial")
@@ -80,6 +82,7 @@ def save_torch_dist(
             f"{partial}: the checkpoint could not be written",
             lambda: dist_checkpointing.save(state, str(partial), content_metadata=dict(_CONTENT)),
         )
+        _on_rank_0(f"{directory}: the files beside the checkpoint could not be written", write_beside)
     except MegatronCheckpointError:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from actors.checkpoint_files import (
     SourceTensor,
@@ -18,6 +19,9 @@ from bridge.checkpoint import CheckpointReader, resolve_model
 from bridge.plan import TensorInfo
 from bridge.safetensors_file import DTYPES
 
+if TYPE_CHECKING:
+    from bridge.model_bridge import ModelBridge
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSource:
@@ -25,6 +29,20 @@ class ModelSource:
 
     directory: Path
     mcore: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSize:
+    """How much a model is: what estimates of memory start from."""
+
+    num_parameters: int
+    """Elements of all tensors."""
+    num_in_experts: int
+    """How many of them are in experts that a router chooses from; 0 where nothing says so."""
+    nbytes: int
+    """Size of all tensors in the types that they are stored in."""
+    largest: int
+    """Elements of the largest tensor; 0 where nothing says so."""
 
 
 def find_model(model: str | None, mcore_model: Path | None, option: str) -> ModelSource:
@@ -57,30 +75,43 @@ def tensors_of(source: ModelSource) -> Mapping[str, TensorInfo] | None:
     }
 
 
-def count_parameters(source: ModelSource) -> tuple[int, int]:
-    """Elements of all tensors, and how many of them are in routed experts; the first is an estimate, the second
-    unknown and zero, where only a torch_dist checkpoint tells. Raises like tensors_of.
+def model_size(source: ModelSource) -> ModelSize:
+    """What the tensors amount to; where only a torch_dist checkpoint tells, estimated from its files.
+
+    Raises like tensors_of.
     """
     tensors = tensors_of(source)
     if tensors is None:
         assert source.mcore is not None, "a source without tensors is a torch_dist checkpoint"
+        nbytes = sum(path.stat().st_size for path in find_iteration(source.mcore).glob("*.distcp"))
         # Two bytes each, if nothing but weights is in there.
-        return sum(path.stat().st_size for path in find_iteration(source.mcore).glob("*.distcp")) // 2, 0
-    sizes = {name: math.prod(info.shape) for name, info in tensors.items()}
-    return sum(sizes.values()), sum(size for name, size in sizes.items() if ".experts." in name)
+        return ModelSize(num_parameters=nbytes // 2, num_in_experts=0, nbytes=nbytes, largest=0)
+    counts = {name: math.prod(info.shape) for name, info in tensors.items()}
+    return ModelSize(
+        num_parameters=sum(counts.values()),
+        # Experts that every token passes are called shared_experts, and are split like other layers.
+        num_in_experts=sum(count for name, count in counts.items() if ".experts." in name),
+        nbytes=sum(info.nbytes for info in tensors.values()),
+        largest=max(counts.values()),
+    )
 
 
-def write_beside(directory: Path, source: Path, tensors: Mapping[str, TensorInfo] | None) -> None:
-    """Put what a torch_dist checkpoint lacks of a model beside it: config, tokenizer, and the list of tensors."""
-    copy_side_files(source, directory)
+def write_beside(directory: Path, bridge: "ModelBridge", *, mtp: bool) -> None:
+    """Put what a torch_dist checkpoint lacks of a model beside it: config, tokenizer, and the list of tensors.
+
+    Without `mtp` the checkpoint, and so the list, has no layers for multi-token prediction.
+    """
+    copy_side_files(bridge.directory, directory)
     # No tensor of the checkpoint is quantized.
     drop_quantization(directory / "config.json")
-    if tensors is not None:
-        names = {dtype: name for name, dtype in DTYPES.items()}
-        write_source_index(
-            directory,
-            [
-                SourceTensor(name=info.name, dtype=names[info.dtype], shape=info.shape)
-                for info in tensors.values()
-            ],
-        )
+    if bridge.tensors is None:
+        return
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    write_source_index(
+        directory,
+        [
+            SourceTensor(name=name, dtype=names[info.dtype], shape=info.shape)
+            for name, info in bridge.tensors.items()
+            if mtp or not bridge.family.is_extra_layer(bridge.spec, name)
+        ],
+    )

@@ -7,6 +7,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.model_source import ModelSize
 from configs.errors import BasculeError
 from configs.export import ExportConfig
 from configs.schema import LayoutConfig, RunConfig
@@ -60,20 +61,17 @@ class Reservation:
         }
 
 
-def bundles_of(
-    config: RunConfig, num_parameters: int, device: str, in_experts: int = 0
-) -> tuple[Bundle, ...]:
-    """The bundles of a run, with memory estimated from the model's parameters and those `in_experts` of them."""
+def bundles_of(config: RunConfig, size: ModelSize, device: str) -> tuple[Bundle, ...]:
+    """The bundles of a run, with memory estimated from the size of the model."""
     trainer, rollout, cluster = config.trainer, config.rollout, config.cluster
     gpus = 1 if device == "cuda" else 0
     item = 2 if config.model.torch_dtype == "bfloat16" else 4
     # Parameters, float32 gradients, and float32 main parameters with two moments, split over replicas.
-    state = sum(
-        share * (item + 4) + share * 12 // replicas
-        for share, replicas in _shares(trainer, num_parameters, in_experts)
+    shares = _shares(trainer, size)
+    state = sum(share * (item + 4) + share * 12 // replicas for share, replicas in shares)
+    reference = (
+        sum(share for share, _ in shares) * item if config.algorithm == "grpo" and config.grpo.beta > 0 else 0
     )
-    frozen = sum(share * item for share, _ in _shares(trainer, num_parameters, in_experts))
-    reference = frozen if config.algorithm == "grpo" and config.grpo.beta > 0 else 0
     ranks = [
         Bundle(
             owner="trainer", cpus=cluster.cpus_per_trainer_rank, gpus=gpus, memory=_GIB + state + reference
@@ -86,9 +84,10 @@ def bundles_of(
         owner="engine",
         cpus=cluster.cpus_per_engine,
         gpus=gpus,
-        memory=_GIB + _GIB // 2 + num_parameters * item * 2 + cache,
+        memory=_GIB + _GIB // 2 + size.num_parameters * item * 2 + cache,
     )
-    bucket = int(config.bridge.bucket_size_mb * (1 << 20))
+    # A tensor larger than a bucket has one of its own.
+    bucket = max(int(config.bridge.bucket_size_mb * (1 << 20)), size.largest * item)
     small = [
         Bundle(owner="bridge", cpus=_SMALL_CPUS, gpus=0, memory=_GIB // 2 + 3 * bucket),
         Bundle(owner="reward", cpus=_SMALL_CPUS, gpus=0, memory=_GIB // 2),
@@ -96,24 +95,23 @@ def bundles_of(
     return (*ranks, *[engine] * rollout.num_engines, *small)
 
 
-def _shares(layout: LayoutConfig, num_parameters: int, in_experts: int) -> list[tuple[int, int]]:
-    """What a rank holds of the parameters outside of experts and inside, and how many ranks hold the same."""
-    dense = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
-    experts = layout.expert_model_parallel_size * layout.expert_tensor_size
-    experts *= layout.pipeline_model_parallel_size
-    return [
-        (count // ranks, max(1, layout.world_size // ranks))
-        for count, ranks in ((num_parameters - in_experts, dense), (in_experts, experts))
-    ]
+def _shares(layout: LayoutConfig, size: ModelSize) -> list[tuple[int, int]]:
+    """Parameters of a rank and how many ranks hold the same: those outside of experts, then those inside."""
+    stages = layout.pipeline_model_parallel_size
+    dense = layout.tensor_model_parallel_size * stages
+    experts = layout.expert_model_parallel_size * layout.expert_tensor_size * stages
+    counts = (size.num_parameters - size.num_in_experts, dense), (size.num_in_experts, experts)
+    return [(count // ranks, layout.world_size // ranks) for count, ranks in counts]
 
 
-def export_bundles(
-    config: ExportConfig, num_parameters: int, device: str, in_experts: int = 0
-) -> tuple[Bundle, ...]:
-    """The bundles of an export: its ranks, each with its share of the model."""
+def export_bundles(config: ExportConfig, size: ModelSize, device: str) -> tuple[Bundle, ...]:
+    """The bundles of an export: its ranks, each with its share of the model in the type that is asked for."""
     layout = config.layout
-    item = 4 if config.torch_dtype == "float32" else 2
-    share = sum(share * item for share, _ in _shares(layout, num_parameters, in_experts))
+    share = sum(share for share, _ in _shares(layout, size))
+    if config.torch_dtype is None:
+        share = share * size.nbytes // size.num_parameters
+    else:
+        share *= 4 if config.torch_dtype == "float32" else 2
     rank = Bundle(
         owner="export",
         cpus=config.cluster.cpus_per_trainer_rank,

@@ -10,7 +10,7 @@ from typing import Any
 from actors.cluster import connect
 from actors.env import check_one_source, resolve_device
 from actors.metrics import Console, RunRecorder, finite_or_none, plot_curve
-from actors.model_source import ModelSource, count_parameters, find_model
+from actors.model_source import ModelSource, find_model, model_size
 from actors.placement import Bundle, Reservation, bundles_of, reserve
 from actors.trainer import TrainerGroup
 from algorithms import grpo, sft
@@ -54,7 +54,7 @@ def prepare(config: RunConfig) -> Prepared:
     if config.algorithm == "grpo":
         _check_engines_can_follow(family, source)
     check_layout(spec, config.trainer)
-    num_parameters, in_experts = count_parameters(source)
+    size = model_size(source)
     is_grpo = config.algorithm == "grpo"
     tokenizer = _tokenizer(model_dir)
     rows = read_rows(config.data, "train", config.seed)
@@ -76,9 +76,9 @@ def prepare(config: RunConfig) -> Prepared:
         source=source,
         reference=_reference(config, source, spec) if is_grpo else None,
         spec=spec,
-        num_parameters=num_parameters,
+        num_parameters=size.num_parameters,
         device=device,
-        bundles=bundles_of(config, num_parameters, device, in_experts),
+        bundles=bundles_of(config, size, device),
         prompts=tuple(prompts),
         held_out=tuple(held_out),
         samples=tuple(samples),

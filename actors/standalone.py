@@ -1,8 +1,6 @@
 """Megatron without Ray: this process alone, or the processes that torchrun started."""
 
 import os
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -32,14 +30,14 @@ def start_megatron(layout: LayoutConfig, *, device: str = "auto", seed: int = 42
 
     alone = "RANK" not in os.environ
     if device == "cuda" and not alone:
-        # Untested: no machine with GPUs was available.
+        # NCCL takes the current device, which is the first one on every rank. Not yet run on GPUs.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store = Path(tempfile.mkdtemp()) / "store"
     initialize_megatron(
         layout,
         rank=0 if alone else int(os.environ["RANK"]),
         world_size=1 if alone else int(os.environ["WORLD_SIZE"]),
-        init_method=f"file://{store}" if alone else "env://",
+        # Port 0: any that is free, since nobody else has to find it.
+        init_method="tcp://127.0.0.1:0" if alone else "env://",
         timeout_s=_TIMEOUT_S,
         seed=seed,
         device=cast("Device", device),

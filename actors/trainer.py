@@ -138,13 +138,8 @@ class TrainerRank:
             optimizer=self._model.optimizer if whole else None,
             scheduler=self._model.scheduler if whole else None,
             iteration=iteration,
+            write_beside=partial(write_beside, directory, self._weights, mtp=False),
         )
-        if self._rank == 0:
-            family, spec = self._weights.family, self._weights.spec
-            tensors = self._weights.tensors or {info.name: info for info in self._plan.tensors}
-            # The layers for multi-token prediction are not in the model.
-            held = {name: info for name, info in tensors.items() if not family.is_extra_layer(spec, name)}
-            write_beside(directory, self._weights.directory, held)
 
 
 def _load(bridge: "ModelBridge", source: ModelSource, warnings: list[str], chunks: list[Any]) -> None:

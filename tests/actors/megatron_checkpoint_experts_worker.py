@@ -6,11 +6,12 @@ python megatron_checkpoint_experts_worker.py RANK WORLD_SIZE DIRECTORY
 import copy
 import json
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 # Installs what Megatron needs on CPU, and so comes before everything that imports megatron.
 from megatron_families_worker import loader, make_run, mine, shard, worst_named  # isort: skip
@@ -18,12 +19,22 @@ from megatron_families import CLIP_GRAD, CONFIGS, build, cloned, megatron_tensor
 from megatron_worker import split_rows
 from megatron_worker_reference import TEMPERATURE, num_loss_tokens, reference_step, token_loss
 
-from actors.megatron_checkpoint import load_torch_dist, save_torch_dist
-from actors.megatron_model import MegatronModel
+from actors.checkpoint_files import LATEST
+from actors.megatron_checkpoint import (
+    MegatronCheckpointError,
+    holds,
+    load_torch_dist,
+    save_torch_dist,
+)
+from actors.megatron_model import FrozenModel, MegatronModel
 from actors.megatron_setup import initialize_megatron, shutdown_megatron
+from actors.model_source import ModelSource, tensors_of, write_beside
 from bridge.families import family_of
+from bridge.model_bridge import ModelBridge
+from tests.bridge import family_models
 
 FAMILIES = ("qwen2_moe", "deepseek_v3")
+WITH_MTP = ("deepseek_v3", "glm4_moe")
 SAVES = {2: ("ep2-split", "pp2-vpp2"), 1: ()}
 LOADS = {2: ("tp2-sp-ep2", "ep2-split", "pp2-vpp2"), 1: ("one",)}
 
@@ -97,6 +108,76 @@ def load(layout: str, family: str, place: Path) -> dict[str, Any]:
     return {**result, "next": error_of(model, trained(family, 2))}
 
 
+def frozen(layout: str, bridge: ModelBridge, load: Any, *, mtp: bool) -> FrozenModel:
+    trainer = make_run(layout, True).trainer
+    return FrozenModel(trainer, torch.float32, bridge.spec, device="cpu", load=load, mtp=mtp)
+
+
+def save_mtp(layout: str, family: str, place: Path) -> dict[str, Any]:
+    """A model with layers for multi-token prediction as an export writes it, then as a trainer does."""
+    if torch.distributed.get_rank() == 0:
+        config = family_models.CONFIGS[family]
+        family_models.save(family_models.build(config), config, place / "source")
+    torch.distributed.barrier()
+    bridge = ModelBridge(place / "source")
+    exported = frozen(layout, bridge, bridge.load, mtp=True)
+    whole, without = place / "whole", place / "without"
+    visible: list[bool] = []
+
+    def beside() -> None:
+        visible.append((whole / LATEST).exists())
+        write_beside(whole, bridge, mtp=True)
+
+    save_torch_dist(exported.chunks, whole, iteration=1, write_beside=beside)
+    trained = frozen(layout, bridge, fill_wrong, mtp=False)
+    said = ""
+    try:
+        load_torch_dist(trained.chunks, whole)
+    except MegatronCheckpointError as error:
+        said = str(error)
+    load_torch_dist(trained.chunks, whole, ignored=("mtp.",))
+    save_torch_dist(
+        trained.chunks,
+        without,
+        iteration=1,
+        write_beside=partial(write_beside, without, bridge, mtp=False),
+    )
+    return {"visible": visible, "said": said, "no_files": unwritable_beside(trained, place / "fails")}
+
+
+def unwritable_beside(model: FrozenModel, place: Path) -> tuple[str, list[str]]:
+    """What is said when what belongs beside a checkpoint cannot be written, and what is left of it."""
+    said = ""
+
+    def fail() -> None:
+        raise OSError("no space")
+
+    try:
+        save_torch_dist(model.chunks, place, iteration=1, write_beside=fail)
+    except MegatronCheckpointError as error:
+        said = str(error)
+    torch.distributed.barrier()
+    return said, sorted(path.name for path in place.iterdir())
+
+
+def load_mtp(layout: str, place: Path, name: str) -> dict[str, Any]:
+    """An export back to Hugging Face of what save_mtp wrote, against the file that transformers wrote."""
+    source = ModelSource(directory=place / name, mcore=place / name)
+    bridge = ModelBridge(source.directory, tensors_of(source))
+    with_mtp = holds(place / name, "mtp.")
+    model = frozen(layout, bridge, fill_wrong, mtp=with_mtp)
+    load_torch_dist(model.chunks, place / name)
+    got, want = dict(bridge.export(model.chunks)), load_file(place / "source" / "model.safetensors")
+    return {
+        "with_mtp": with_mtp,
+        "listed": sorted(bridge.tensors or ()) == sorted(got),
+        "extra": sorted(got.keys() - want.keys()),
+        "missing": sorted(want.keys() - got.keys()),
+        "all": sorted(want),
+        "differ": [key for key, tensor in got.items() if not torch.equal(tensor, want[key])],
+    }
+
+
 def join(layout: str, rank: int, world_size: int, meeting: Path) -> None:
     initialize_megatron(
         make_run(layout, True).trainer,
@@ -116,12 +197,17 @@ def main(rank: int, world_size: int, directory: Path) -> None:
         join(layout, rank, world_size, directory / f"save-{layout}")
         for family in FAMILIES:
             save(layout, family, directory / family / layout)
+        for family in WITH_MTP if layout == "ep2-split" else ():
+            results[f"mtp/{family}"] = save_mtp(layout, family, directory / "mtp" / family)
         shutdown_megatron()
     for layout in LOADS[world_size]:
         join(layout, rank, world_size, directory / f"load-{layout}")
         for family in FAMILIES:
             for saved in SAVES[2]:
                 results[f"{family}/{saved}/{layout}"] = load(layout, family, directory / family / saved)
+        for family in WITH_MTP if layout in ("tp2-sp-ep2", "one") else ():
+            for name in ("whole", "without"):
+                results[f"mtp/{family}/{name}/{layout}"] = load_mtp(layout, directory / "mtp" / family, name)
         shutdown_megatron()
     (directory / f"{world_size}-{rank}.json").write_text(json.dumps(results))
 

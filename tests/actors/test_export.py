@@ -111,12 +111,18 @@ def test_a_torch_dist_checkpoint_of_a_run_becomes_a_model_that_transformers_runs
     assert sum(torch.equal(after[name], before[name]) for name in before) < len(before) / 2
 
 
-def test_wrong_input_is_refused_before_anything_starts(workspace: Path) -> None:
+def test_wrong_input_is_refused_before_anything_starts(workspace: Path, to_mcore: Finished) -> None:
     model = str(workspace / "model")
     output = str(workspace / "model")
     finished = run("export", "--model", model, "--to_mcore", "true", "--output_dir", output)
     assert finished.code == 2
     assert "is model itself, which is never replaced" in finished.err
+    finished = run(
+        *("export", "--mcore_model", str(workspace / "mcore"), "--to_hf", "true", "--exist_ok", "true"),
+        *("--output_dir", str(workspace / "mcore" / "iter_0000001")),
+    )
+    assert finished.code == 2
+    assert "is what mcore_model is read from, which is never replaced" in finished.err
     finished = run(
         *("export", "--model", model, "--to_mcore", "true", "--output_dir", str(workspace / "x")),
         *("--expert_model_parallel_size", "3"),

@@ -104,6 +104,43 @@ def test_experts_go_on_with_and_without_expert_parallelism(
         assert rank["next"][0] < 2e-6, rank["next"]
 
 
+@pytest.mark.parametrize("layout", ["tp2-sp-ep2", "one"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_layers_for_multi_token_prediction_come_back_where_the_checkpoint_has_them(
+    family: str, layout: str, experts: list[dict[str, Any]]
+) -> None:
+    for rank in of_case(experts, f"mtp/{family}/whole/{layout}"):
+        assert rank["with_mtp"]
+        assert rank["listed"]
+        assert rank["missing"] == rank["extra"] == rank["differ"] == []
+    for rank in of_case(experts, f"mtp/{family}/without/{layout}"):
+        assert not rank["with_mtp"]
+        assert rank["listed"]
+        assert rank["extra"] == rank["differ"] == []
+        # The model has layers 0 and 1; those for multi-token prediction follow.
+        assert rank["missing"] == [name for name in rank["all"] if name.startswith("model.layers.2.")]
+        assert len(rank["missing"]) > 10
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_a_model_without_these_layers_loads_when_told_to_ignore_them(
+    family: str, experts: list[dict[str, Any]]
+) -> None:
+    for rank in of_case(experts, f"mtp/{family}"):
+        lines = rank["said"].splitlines()[1:]
+        assert lines
+        assert all(line.startswith("  unexpected: mtp.layers") for line in lines)
+
+
+def test_a_checkpoint_is_visible_only_with_the_files_beside_it(experts: list[dict[str, Any]]) -> None:
+    first, second = of_case(experts, "mtp/deepseek_v3")
+    assert [first["visible"], second["visible"]] == [[False], []]
+    for rank in (first, second):
+        said, left = rank["no_files"]
+        assert "the files beside the checkpoint could not be written: OSError('no space')" in said
+        assert left == []
+
+
 @pytest.mark.parametrize("saved", TWO)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_megatrons_reader_finds_whole_tensors_by_megatrons_names(

@@ -1,11 +1,17 @@
-"""Reservations in a real local Ray of four CPUs."""
+"""Reservations in a real local Ray of four CPUs, and the memory that is asked for."""
+
+from pathlib import Path
 
 import pytest
 import ray
+import torch
 from ray.util.placement_group import remove_placement_group
+from safetensors.torch import save_file
 
-from actors.placement import Bundle, bundles_of, describe, reserve
+from actors.model_source import ModelSize, ModelSource, model_size
+from actors.placement import Bundle, bundles_of, describe, export_bundles, reserve
 from configs.errors import BasculeError
+from configs.export import ExportConfig
 from configs.schema import RunConfig
 
 pytestmark = pytest.mark.e2e
@@ -51,6 +57,10 @@ def config(**sections: object) -> RunConfig:
     return RunConfig.model_validate({**base, **sections})
 
 
+def size(parameters: int, experts: int = 0, nbytes: int = 0, largest: int = 0) -> ModelSize:
+    return ModelSize(num_parameters=parameters, num_in_experts=experts, nbytes=nbytes, largest=largest)
+
+
 def test_memory_is_what_the_parts_need_written_out() -> None:
     parameters, gib = 1_000_000_000, 1 << 30
     bundles = bundles_of(
@@ -60,7 +70,7 @@ def test_memory_is_what_the_parts_need_written_out() -> None:
             grpo={"beta": 0.1},
             rollout={"kv_cache_memory_bytes": gib, "num_engines": 2},
         ),
-        parameters,
+        size(parameters, largest=100_000_000),
         "cpu",
     )
     owners = [each.owner for each in bundles]
@@ -68,14 +78,22 @@ def test_memory_is_what_the_parts_need_written_out() -> None:
     # Half the parameters: 2 bytes, 4 of gradient, half of 12 of optimizer state; 2 more for the reference.
     assert bundles[0].memory == gib + parameters // 2 * (2 + 4 + 6 + 2)
     assert bundles[4].memory == gib + gib // 2 + parameters * 2 * 2 + gib
+    # The largest tensor does not fit into a bucket of 64 MiB.
+    assert bundles[6].memory == gib // 2 + 3 * 100_000_000 * 2
     assert "4 x trainer" in describe(bundles)
+
+
+def test_the_bridge_holds_three_buckets() -> None:
+    bundles = bundles_of(config(bridge={"bucket_size_mb": 2}), size(1000, largest=500), "cpu")
+    assert bundles[-2].owner == "bridge"
+    assert bundles[-2].memory == (1 << 29) + 3 * (2 << 20)
 
 
 def test_experts_are_shared_by_their_own_ranks_written_out() -> None:
     gib = 1 << 30
     layout = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "data_parallel_size": 4}
     layout |= {"expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1}
-    bundles = bundles_of(config(algorithm="sft", trainer=layout), 1_000_000, "cpu", in_experts=800_000)
+    bundles = bundles_of(config(algorithm="sft", trainer=layout), size(1_000_000, 800_000), "cpu")
     assert len(bundles) == 8
     # Two of eight ranks share what is outside of experts, so 4 split its optimizer state; four share the
     # experts, so 2 split theirs.
@@ -83,6 +101,42 @@ def test_experts_are_shared_by_their_own_ranks_written_out() -> None:
     assert bundles[0].memory == gib + dense * 6 + dense * 12 // 4 + experts * 6 + experts * 12 // 2
 
 
+def test_the_size_of_a_model_is_counted_in_its_headers(tmp_path: Path) -> None:
+    prefix = "model.layers.0.mlp."
+    tensors = {
+        "model.embed_tokens.weight": torch.zeros(20, 4, dtype=torch.bfloat16),
+        prefix + "experts.0.up_proj.weight": torch.zeros(8, 4, dtype=torch.bfloat16),
+        prefix + "experts.1.up_proj.weight": torch.zeros(8, 4, dtype=torch.bfloat16),
+        prefix + "shared_experts.up_proj.weight": torch.zeros(6, 4, dtype=torch.bfloat16),
+        prefix + "gate.e_score_correction_bias": torch.zeros(2),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    assert model_size(ModelSource(directory=tmp_path)) == size(80 + 64 + 24 + 2, 64, 168 * 2 + 2 * 4, 80)
+
+
+def test_without_a_list_of_tensors_the_files_of_a_torch_dist_checkpoint_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "metadata.json").write_text("{}")
+    for name, nbytes in (("__0_0.distcp", 600), ("__1_0.distcp", 400), ("common.pt", 99)):
+        (tmp_path / name).write_bytes(bytes(nbytes))
+    assert model_size(ModelSource(directory=tmp_path, mcore=tmp_path)) == size(500, nbytes=1000)
+
+
+@pytest.mark.parametrize(
+    ("torch_dtype", "item"), [(None, 3), ("bfloat16", 2), ("float16", 2), ("float32", 4)]
+)
+def test_an_export_rank_holds_its_share_in_the_type_asked_for(torch_dtype: str | None, item: int) -> None:
+    values = {"model": "m", "to_mcore": True, "output_dir": "o", "torch_dtype": torch_dtype}
+    layout = {"pipeline_model_parallel_size": 2, "data_parallel_size": 2, "expert_model_parallel_size": 2}
+    bundles = export_bundles(
+        ExportConfig.model_validate({**values, "layout": layout}),
+        size(1_000_000, 800_000, nbytes=3_000_000),
+        "cpu",
+    )
+    # Two stages share everything, and two ranks of each the experts.
+    assert [each.memory for each in bundles] == [(1 << 30) + (100_000 + 200_000) * item] * 4
+
+
 def test_sft_reserves_trainers_only_and_cuda_asks_for_gpus() -> None:
-    bundles = bundles_of(config(algorithm="sft"), 1000, "cuda")
+    bundles = bundles_of(config(algorithm="sft"), size(1000), "cuda")
     assert [(each.owner, each.gpus) for each in bundles] == [("trainer", 1)]
