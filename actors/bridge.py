@@ -1,89 +1,36 @@
-"""The bridge actor: takes the trainers' pieces bucket by bucket, broadcasts HF-named tensors to engines."""
+"""One weight sync: trainers, bridge and engines together, and what is done when one of them is lost."""
 
+import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ray
-import torch
-
 from actors import deadline
+from actors.bridge_home import BridgeHome, DedicatedBridge, HostedBridge
+from actors.bridge_host import Meeting
 from actors.engine_group import EngineGroup
+from actors.engine_pool import EngineLostError, Member
 from actors.placement import Reservation
 from actors.trainer import TrainerGroup
-from bridge.exchange import message_bytes, unpack_bucket
-from bridge.plan import Bucket, Plan
-from bridge.transport.gloo import GlooGroup, bucket_views, connect, free_port
+from bridge.relay import ManifestEntry
+from bridge.sync_plan import cut_plan, to_wire
+from bridge.sync_protocol import SyncOrder
+from configs.errors import BasculeError
 from configs.schema import RunConfig
 
+LOG = logging.getLogger(__name__)
 
-class Bridge:
-    """Holds at most three buckets: one that fills, one that is full, one that is being broadcast."""
-
-    def __init__(self, plan: Plan, buckets: Sequence[Bucket]) -> None:
-        self._plan = plan
-        self._buckets = tuple(buckets)
-        self._trainers: GlooGroup
-        self._engines: GlooGroup
-
-    def address(self) -> tuple[str, int, int]:
-        """This node's address and two ports free on it a moment ago: for the trainers, for the engines."""
-        host = ray.util.get_node_ip_address()
-        first, second = free_port(host), free_port(host)
-        return host, first, second
-
-    def connect(
-        self,
-        host: str,
-        trainer_port: int,
-        num_ranks: int,
-        engine_port: int,
-        num_workers: int,
-        timeout_s: float,
-    ) -> None:
-        """Join both groups as rank 0; returns when all trainer ranks and all engine workers are there."""
-        with ThreadPoolExecutor(2) as pool:
-            trainers = pool.submit(connect, host, trainer_port, 0, num_ranks + 1, timeout_s)
-            engines = pool.submit(connect, host, engine_port, 0, num_workers + 1, timeout_s)
-            self._trainers, self._engines = trainers.result(), engines.result()
-
-    def forward(self) -> dict[str, float]:
-        """Move all buckets from the trainers to the engines; the next is received while one is broadcast."""
-        start, waited = time.monotonic(), 0.0
-        for bucket in self._received():
-            before = time.monotonic()
-            self._engines.broadcast(bucket, 0)
-            waited += time.monotonic() - before
-        return {
-            "sync/bytes": float(sum(bucket.nbytes for bucket in self._buckets)),
-            "sync/buckets": float(len(self._buckets)),
-            "sync/bridge_seconds": time.monotonic() - start,
-            "sync/broadcast_seconds": waited,
-        }
-
-    def _received(self) -> Iterator[torch.Tensor]:
-        with ThreadPoolExecutor(1) as pool:
-            following: Future[torch.Tensor] = pool.submit(self._receive, self._buckets[0])
-            for bucket in self._buckets[1:]:
-                full = following.result()
-                following = pool.submit(self._receive, bucket)
-                yield full
-            yield following.result()
-
-    def _receive(self, bucket: Bucket) -> torch.Tensor:
-        """One message from each rank that owns part of the bucket, put into place."""
-        buffer = torch.empty(bucket.nbytes, dtype=torch.uint8)
-        views = dict(bucket_views(buffer, bucket))
-        for rank in self._plan.owners(bucket):
-            message = torch.empty(message_bytes(self._plan, bucket, rank), dtype=torch.uint8)
-            self._trainers.recv(message, rank + 1)
-            unpack_bucket(message, self._plan, bucket, rank, views)
-        return buffer
+# An answer to this takes an actor milliseconds.
+_CHECK_S = 15.0
+# The watch of an engine sees within this time that its core has died.
+_NOTICE_S = 3.0
 
 
 class WeightBridge:
-    """Trainers, bridge actor and engines as one weight sync; implements the WeightSync protocol."""
+    """Trainers, bridge and engines as one weight sync; implements the WeightSync protocol.
+
+    Groups are made anew, on new ports, whenever the engines in them change or a sync has failed.
+    """
 
     def __init__(
         self,
@@ -91,54 +38,182 @@ class WeightBridge:
         reservation: Reservation,
         trainers: TrainerGroup,
         engines: EngineGroup,
+        *,
+        version: int | None = 0,
+        probe: Sequence[int] = (),
     ) -> None:
-        """Start the bridge, give everyone the plan, connect the groups, within cluster.start_timeout_s."""
+        """Give everyone the plan and connect the groups, within cluster.start_timeout_s.
+
+        `version` is the one that engines start with; None when their weights are of no use. `probe` are the
+        tokens that bridge.check_logprobs_every scores.
+        """
+        self._settings = config.bridge
+        self._start_timeout_s = config.cluster.start_timeout_s
         self._timeout_s = config.cluster.step_timeout_s
+        self._collective_s = config.cluster.collective_timeout_s
         self._trainers = trainers
         self._engines = engines
-        plan = trainers.plan
-        bucket_bytes = int(config.bridge.bucket_size_mb * (1 << 20))
-        buckets = plan.buckets(bucket_bytes)
-        options: Mapping[str, Any] = reservation.options("bridge", 0)
-        self._bridge: Any = ray.remote(Bridge).options(**options).remote(plan, buckets)
+        bucket_bytes = int(self._settings.bucket_size_mb * (1 << 20))
+        plan = cut_plan(trainers.plan, bucket_bytes)
+        self._wire: Mapping[str, Any] = to_wire(plan)
         trainers.follow(bucket_bytes)
-        self._connect(config, buckets)
-
-    def _connect(self, config: RunConfig, buckets: Sequence[Bucket]) -> None:
-        start_s, collective_s = config.cluster.start_timeout_s, config.cluster.collective_timeout_s
-        host, trainer_port, engine_port = deadline.get(
-            self._bridge.address.remote(), "bridge", timeout_s=start_s, phase="start of the bridge"
+        common = (plan, trainers, self._settings.offload_bridge, self._start_timeout_s, self._collective_s)
+        self._home: BridgeHome = (
+            DedicatedBridge(reservation, *common)
+            if self._settings.placement == "dedicated"
+            else HostedBridge(*common)
         )
-        joining = self._bridge.connect.remote(
-            host, trainer_port, self._trainers.size, engine_port, len(self._engines), collective_s
-        )
-        self._wait(
-            joining,
-            self._trainers.connect_bridge(host, trainer_port),
-            self._engines.init_weights(host, engine_port, collective_s, buckets),
-            phase="connection of trainers, bridge and engines",
-            timeout_s=start_s,
-        )
+        self._version = version
+        self._probe = tuple(probe)
+        self._sent = False
+        self._left = self._settings.max_recoveries
+        self._joined: tuple[Member, ...] = ()
+        self._trainers_joined = False
+        self._must_be_full = True
+        engines.welcome_with(self._welcome)
+        self._connect(engines.pool.members("up"))
 
     def sync(self, version: int) -> Mapping[str, float]:
-        """Pause, move every bucket, resume. Returns bytes, buckets and seconds as `sync/...`.
+        """Pause, move the weights, resume. Returns bytes, counts and seconds as `sync/...`.
 
-        Raises what the first failing part raised; engines that did not get a full set stay paused.
+        Engines or a bridge that are lost on the way are replaced, at most bridge.max_recoveries times in a run,
+        and everything is sent again. Raises what the first failing part raised; engines that did not get a
+        full set stay paused.
         """
         start = time.monotonic()
-        self._engines.pause()
-        results = self._wait(
-            self._bridge.forward.remote(),
-            self._trainers.send(),
-            self._engines.receive(version),
-            phase=f"sync of weight version {version}",
-            timeout_s=self._timeout_s,
-        )
-        self._engines.resume()
-        return {**results[0], "sync/seconds": time.monotonic() - start}
+        while True:
+            self._engines.pool.wait_for_one(self._start_timeout_s)
+            members = self._engines.pool.members("up", "new")
+            try:
+                metrics = self._sync_once(version, members)
+            except BasculeError as error:
+                self._recover(error, members)
+                continue
+            self._version, self._sent = version, True
+            metrics["sync/seconds"] = time.monotonic() - start
+            every = self._settings.check_logprobs_every
+            return metrics | (self._compare() if every and version % every == 0 else {})
 
-    def _wait(
-        self, bridge: Any, trainers: Sequence[Any], engines: Sequence[Any], *, phase: str, timeout_s: float
+    def manifest(self) -> list[ManifestEntry]:
+        """Every tensor of the last sync with the hash of its content."""
+        return self._home.call("manifest")
+
+    def _compare(self) -> dict[str, float]:
+        """How far trainer and engines are apart on the probe: weights that are right leave only rounding."""
+        expected = self._trainers.score(self._probe)
+        found = self._engines.score(self._probe)
+        differences = [abs(one - other) for row in found for one, other in zip(row, expected, strict=True)]
+        return {
+            "sync/logprob_difference_mean": sum(differences) / len(differences),
+            "sync/logprob_difference_max": max(differences),
+        }
+
+    def _sync_once(self, version: int, members: Sequence[Member]) -> dict[str, float]:
+        if self._joined != tuple(members):
+            self._connect(members)
+        before = time.monotonic()
+        in_flight = self._engines.pause(members, self._settings.pause_mode)
+        pausing = time.monotonic() - before
+        full = self._must_be_full or not self._settings.skip_unchanged
+        order = SyncOrder(version=version, full=full, hash_every=self._settings.hash_every)
+        results = self._move(self._home.forward(order), members, version)
+        before = time.monotonic()
+        self._engines.resume(members)
+        for member in members:
+            self._engines.pool.admit(member)
+        self._must_be_full = False
+        return {
+            **results[0],
+            "sync/in_flight": float(in_flight),
+            "sync/engines": float(len(members)),
+            "sync/recoveries": float(self._engines.pool.recoveries),
+            "sync/pause_seconds": pausing,
+            "sync/resume_seconds": time.monotonic() - before,
+        }
+
+    def _welcome(self, member: Member) -> None:
+        """Give the current version to an engine that was started again, in a group of its own."""
+        if self._version is not None and not self._sent:
+            # It has loaded the very weights that the others have.
+            self._engines.pool.admit(member)
+            return
+        if self._version is None:
+            raise EngineLostError(f"{member.name} was lost before the first weights were sent")
+        try:
+            self._restore(member, self._version)
+        except BasculeError as error:
+            self._recover(error, [member])
+
+    def _restore(self, member: Member, version: int) -> None:
+        start = time.monotonic()
+        # Asked through the bridge; when that is gone, this is where it shows.
+        kept = self._home.call("kept_version") == version
+        self._connect([member], with_trainers=not kept and not self._trainers_joined)
+        self._engines.pause([member])
+        order = SyncOrder(version=version, hash_every=self._settings.hash_every)
+        self._move(self._home.replay() if kept else self._home.forward(order), [member], version)
+        self._engines.resume([member])
+        self._engines.pool.admit(member)
+        source = "the bridge's memory" if kept else "the trainers"
+        LOG.warning(
+            "%s has version %d from %s after %.1f s", member.name, version, source, time.monotonic() - start
+        )
+
+    def _move(
+        self, sending: tuple[list[Any], list[str]], members: Sequence[Member], version: int
     ) -> list[Any]:
-        owners = ["bridge", *self._trainers.names, *self._engines.names]
-        return deadline.get_all([bridge, *trainers, *engines], owners, timeout_s=timeout_s, phase=phase)
+        refs, owners = sending
+        return deadline.get_all(
+            [*refs, *self._engines.receive(members, version)],
+            [*owners, *(member.name for member in members)],
+            timeout_s=self._timeout_s,
+            phase=f"sync of weight version {version}",
+        )
+
+    def _connect(self, members: Sequence[Member], *, with_trainers: bool = True) -> None:
+        self._joined = ()
+        host, (port,) = self._home.address(1)
+        meeting = Meeting(
+            host=host,
+            port=port,
+            peers=("bridge", *self._engines.worker_names(members)),
+            timeout_s=self._collective_s,
+            transport=self._settings.transport,
+        )
+        partial = self._settings.skip_unchanged
+        joining = self._engines.meet(members, meeting, self._wire, partial)
+        refs, owners = self._home.join(meeting, with_trainers=with_trainers)
+        deadline.get_all(
+            [*refs, *joining],
+            [*owners, *(member.name for member in members)],
+            timeout_s=self._start_timeout_s,
+            phase="connection of trainers, bridge and engines",
+        )
+        self._trainers_joined = True
+        self._joined = tuple(members)
+
+    def _recover(self, error: BasculeError, members: Sequence[Member]) -> None:
+        """Find out who is lost and get replacements on their way. Raises `error` when that is no use."""
+        self._left -= 1
+        if self._left < 0:
+            raise error
+        LOG.warning("weights: %s; sending again", error)
+        self._joined, self._trainers_joined, self._must_be_full = (), False, True
+        # Ends whatever still waits in the old groups.
+        self._home.start()
+        try:
+            self._trainers.check(self._collective_s + _CHECK_S)
+        except BasculeError as lost:
+            raise lost from error
+        self._find_lost(members)
+
+    def _find_lost(self, members: Sequence[Member]) -> None:
+        """Engines that do not answer, and those whose core is noticed to be gone, are replaced."""
+        for member in members:
+            try:
+                deadline.get(member.actor.info.remote(), member.name, timeout_s=_CHECK_S, phase="check")
+            except BasculeError as lost:
+                self._engines.pool.lost(member, lost)
+        end = time.monotonic() + _NOTICE_S
+        for member in members:
+            self._engines.pool.noticed(member, max(0.0, end - time.monotonic()))

@@ -5,26 +5,21 @@ of Megatron-LM. Beside it lie the Hugging Face directory's small files and bascu
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bridge.safetensors_file import DTYPES, parse_json
-from bridge.side_files import side_files
-from configs.errors import BasculeError, ConfigError
+from bridge.safetensors_file import DTYPES
+from bridge.side_files import LATEST, METADATA, SOURCE_INDEX
+from configs.errors import ConfigError
 
-LATEST = "latest_checkpointed_iteration.txt"
-METADATA = "metadata.json"
-SOURCE_INDEX = "bascule.json"
 _FORMAT = 1
-_OURS = (LATEST, METADATA, SOURCE_INDEX, ".metadata")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceTensor:
-    """One tensor of the Hugging Face checkpoint that a Megatron checkpoint was made from."""
+    """One tensor of the Hugging Face checkpoint that a Megatron checkpoint stands for."""
 
     name: str
     dtype: str
@@ -72,37 +67,6 @@ def write_latest(directory: Path, iteration: int) -> None:
     partial = directory / f"{LATEST}.partial"
     partial.write_text(f"{iteration}\n")
     partial.replace(directory / LATEST)
-
-
-def replace_directory(partial: Path, final: Path) -> None:
-    """Give a finished directory its name. What had the name before is moved away first and removed last."""
-    old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def copy_side_files(source: Path, directory: Path) -> list[str]:
-    """Copy everything but weights (config, tokenizer, templates, code) into `directory`; returns the names.
-
-    Raises BasculeError naming the file that cannot be copied.
-    """
-    paths = side_files(source)
-    for path in paths:
-        try:
-            shutil.copyfile(path, directory / path.name)
-        except OSError as error:
-            raise BasculeError(f"{path}: cannot be copied to {directory}: {error.strerror}") from error
-    return [path.name for path in paths]
-
-
-def drop_quantization(path: Path) -> None:
-    """Take `quantization_config` out of a config.json; without the key the file stays as it is, byte for byte."""
-    config = parse_json(path, path.read_bytes())
-    if config.pop("quantization_config", None) is not None:
-        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def write_source_index(directory: Path, tensors: Sequence[SourceTensor]) -> None:

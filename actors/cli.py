@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 from tqdm import tqdm
 
-from configs.errors import BasculeError
+from configs.errors import BasculeError, ConfigError, WriteError
 from configs.export import ExportConfig, InferConfig
 from configs.load import dump_config, load_config, load_settings
 from configs.options import describe_options
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.command_function(options, rest)
     except BasculeError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -153,12 +153,20 @@ def _plan_model(rest: list[str]) -> int:
     install()
     from actors.megatron_paper import plan_on_paper
     from bridge.checkpoint import resolve_model
+    from bridge.estimate import Links, estimate_sync
     from bridge.plan import TORCH_DTYPES
     from bridge.report import report_plan
+    from bridge.sync_plan import cut_plan
 
     dtype = None if config.torch_dtype is None else TORCH_DTYPES[config.torch_dtype]
     paper = plan_on_paper(resolve_model(config.model, "model"), config.layout, dtype)
-    for line in report_plan(paper.plan, paper.claims, int(config.bucket_size_mb * (1 << 20))).lines():
+    bucket_bytes = int(config.bucket_size_mb * (1 << 20))
+    sync_plan = cut_plan(paper.plan, bucket_bytes)
+    links = Links(
+        into_bridge=config.link_gb_s * 1e9, out_of_bridge=config.link_gb_s * 1e9, load=config.load_gb_s * 1e9
+    )
+    estimate = estimate_sync(sync_plan, links, 1 / config.engine_tensor_parallel_size)
+    for line in [*report_plan(paper.plan, paper.claims, sync_plan).lines(), *estimate.lines()]:
         print(line)
     return 0
 
@@ -193,8 +201,13 @@ def _make_model(options: argparse.Namespace, rest: list[str]) -> int:
         return 0
     from actors.tiny_model import build_tiny_model, write_arithmetic
 
-    build_tiny_model(options.output_dir / "base", seed=options.seed)
-    write_arithmetic(options.output_dir / "data", seed=options.seed)
+    if options.output_dir.exists() and not options.output_dir.is_dir():
+        raise ConfigError(f"--output_dir: {options.output_dir} is not a directory")
+    try:
+        build_tiny_model(options.output_dir / "base", seed=options.seed)
+        write_arithmetic(options.output_dir / "data", seed=options.seed)
+    except OSError as error:
+        raise WriteError(f"--output_dir: {options.output_dir} cannot be written: {error}") from error
     print(f"model: {options.output_dir / 'base'}\ndata: {options.output_dir / 'data'}")
     return 0
 

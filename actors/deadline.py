@@ -16,7 +16,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from bridge.transport.gloo import TransportError
+from bridge.transport.base import TransportError
 from configs.errors import BasculeError
 
 _AFTER_FAILURE_S = 5.0

@@ -1,5 +1,7 @@
 """Which engine takes the next prompt. Knows nothing of engines."""
 
+from collections.abc import Collection
+
 from configs.errors import ConfigError
 
 
@@ -15,8 +17,10 @@ class Room:
         """Sequences per engine."""
         return tuple(self._in_flight)
 
-    def take(self, n: int) -> int | None:
+    def take(self, n: int, engines: Collection[int] | None = None) -> int | None:
         """The engine that now has `n` sequences more: the one with most room, or None while all are full.
+
+        With `engines` it is one of those.
 
         Raises ConfigError when `n` would not even fit into an idle engine.
         """
@@ -25,8 +29,9 @@ class Room:
                 f"rollout.max_num_seqs: {n} completions of one prompt do not fit into an engine's "
                 f"{self._capacity}"
             )
-        engine = min(range(len(self._in_flight)), key=self._in_flight.__getitem__)
-        if self._in_flight[engine] + n > self._capacity:
+        able = range(len(self._in_flight)) if engines is None else sorted(engines)
+        engine = min(able, key=self._in_flight.__getitem__, default=None)
+        if engine is None or self._in_flight[engine] + n > self._capacity:
             return None
         self._in_flight[engine] += n
         return engine

@@ -1,22 +1,28 @@
-"""vLLM engines as Ray actors, and the group of them that samples for the training loop."""
+"""A vLLM engine as a Ray actor."""
 
+import asyncio
+import contextlib
 import logging
-import multiprocessing
 import os
 import sys
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, NoReturn
 
-from algorithms.data import Finish, Group, Prompt, Rollout, SamplingSettings, float_row, int_row
-from bridge.transport.registry import OWNED_ENGINE
+from actors.engine_completion import joined, piece_params
+from actors.engine_processes import EngineProcesses
+from actors.engine_settings import engine_arguments
+from algorithms.data import Group, Prompt, Rollout, SamplingSettings
 from configs.errors import BasculeError
-from configs.schema import RolloutConfig, RunConfig
+from configs.schema import RunConfig
 
 LOG = logging.getLogger(__name__)
+
+# How often the processes are looked at.
+_LOOK_S = 1.0
+PauseMode = Literal["keep", "abort"]
 
 
 class EngineError(BasculeError):
@@ -30,6 +36,7 @@ class EngineInfo:
     name: str
     pid: int
     child_pids: tuple[int, ...]
+    """vLLM's core first, then its workers by rank where there are several."""
     version: int
     failed_sync: str | None
     """Why the weights are not usable, or None."""
@@ -38,8 +45,23 @@ class EngineInfo:
     """Prompts that are being completed."""
 
 
+@dataclass(kw_only=True, slots=True)
+class _Request:
+    """A prompt that is being completed."""
+
+    name: str
+    prompt: Prompt
+    sampling: SamplingSettings
+    unfinished: int
+    aborted: bool = False
+
+    def name_of(self, index: int) -> str:
+        """What vLLM calls the completion with this index."""
+        return f"{self.name}-{index}"
+
+
 class Engine:
-    """One vLLM engine, as an async Ray actor. Its core runs in a child process that ends with the actor."""
+    """One vLLM engine, as an async Ray actor. Its processes, core and workers, end with the actor."""
 
     def __init__(
         self, name: str, model_path: str, config: RunConfig, device: str, with_weights: bool = True
@@ -52,9 +74,11 @@ class Engine:
         self._llm: Any = None
         self._version = 0
         self._failed_sync: str | None = None
-        self._paused = False
+        self._processes = EngineProcesses(())
+        self._running = asyncio.Event()
+        self._cuts = 0
         self._requests = 0
-        self._in_flight: set[str] = set()
+        self._in_flight: dict[str, _Request] = {}
 
     async def start(self) -> float:
         """Load the model as weight version 0; returns the seconds it took. Raises EngineError."""
@@ -73,24 +97,33 @@ class Engine:
         try:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
             await self._llm.update_weight_version(str(self._version))
+            self._processes = EngineProcesses(await self._llm.collective_rpc("process_id"))
+            # It is asked for once, and no prompt is to wait for it.
+            await self._llm.get_supported_tasks()
         except Exception as error:
             raise EngineError(
                 f"{self._name}: vLLM did not start with {self._model_path}: {error!r}; "
                 "the cause is in the engine's log"
             ) from error
+        self._running.set()
         return time.monotonic() - began
 
+    async def watch(self) -> NoReturn:
+        """Look after vLLM's processes, also while nothing is asked of them; does not return.
+
+        Raises EngineError naming the process within about a second of its end.
+        """
+        while True:
+            self._require_alive()
+            await asyncio.sleep(_LOOK_S)
+
     async def generate(self, prompt: Prompt, sampling: SamplingSettings) -> Group:
-        """`sampling.n` completions; an aborted one has what it got so far.
+        """`sampling.n` completions; an aborted one has what it got so far. Waits while the engine is paused.
 
         Raises EngineError when prompt and completion do not fit into the model's length, when the last
         weight update failed, or when vLLM fails.
         """
-        if self._failed_sync is not None:
-            raise EngineError(
-                f"{self._name}: prompt {prompt.id} refused: {self._failed_sync}; "
-                "weights must be sent again before it samples"
-            )
+        self._require_good_weights(f"prompt {prompt.id}")
         limit = self._llm.model_config.max_model_len
         if len(prompt.tokens) + sampling.max_tokens > limit:
             raise EngineError(
@@ -98,20 +131,51 @@ class Engine:
                 f"{sampling.max_tokens} exceed the engine's max_model_len {limit}"
             )
         self._requests += 1
-        request = f"{self._requests}-{prompt.id}"
-        self._in_flight.add(request)
+        request = _Request(
+            name=f"{self._requests}-{prompt.id}", prompt=prompt, sampling=sampling, unfinished=sampling.n
+        )
+        self._in_flight[request.name] = request
         try:
-            outputs = await self._complete(request, prompt, sampling)
-        except Exception as error:
-            raise EngineError(f"{self._name}: prompt {prompt.id}: vLLM failed: {error!r}") from error
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._complete(request, index)) for index in range(sampling.n)]
+        except ExceptionGroup as errors:
+            raise self._failure(f"prompt {prompt.id}", errors.exceptions[0]) from errors.exceptions[0]
         finally:
-            self._in_flight.discard(request)
-        return Group(prompt=prompt, rollouts=tuple(self._rollout(output) for output in outputs))
+            del self._in_flight[request.name]
+        return Group(prompt=prompt, rollouts=tuple(task.result() for task in tasks))
+
+    async def score(self, tokens: Sequence[int]) -> list[float]:
+        """Log-probability of each token but the first given those before it, by the model at temperature 1.
+
+        Takes one token less than the model's length. Raises EngineError as `generate` does.
+        """
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+
+        self._require_good_weights("a sequence to score")
+        row = tokens_input([int(token) for token in tokens])
+        # vLLM always samples a token too. It takes nothing from cached prefixes when this is asked for.
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        self._requests += 1
+        name = f"{self._requests}-score"
+        answers: list[Any] = []
+        try:
+            # One that a pause aborted is asked for again.
+            while not answers or answers[-1].outputs[0].finish_reason == "abort":
+                await self._unpaused()
+                answers += [answer async for answer in self._llm.generate(row, params, name)]
+        except Exception as error:
+            raise self._failure(f"{len(tokens)} tokens to score", error) from error
+        entries = answers[-1].prompt_logprobs[1:]
+        return [entry[int(token)].logprob for token, entry in zip(tokens[1:], entries, strict=True)]
 
     async def abort_all(self) -> int:
         """End all completions now: each `generate` returns what there is. Returns the number of prompts."""
-        requests = list(self._in_flight)
-        await self._llm.abort(requests)
+        requests = list(self._in_flight.values())
+        for request in requests:
+            request.aborted = True
+        names = [request.name_of(index) for request in requests for index in range(request.sampling.n)]
+        await self._llm.abort(names)
         return len(requests)
 
     async def init_weights(self, init_info: Mapping[str, Any]) -> None:
@@ -123,10 +187,20 @@ class Engine:
         except Exception as error:
             raise EngineError(f"{self._name}: no connection to the sender of weights: {error}") from error
 
-    async def pause(self) -> None:
-        """Stop between two tokens. Completions in flight stay, and go on after `resume` with new weights."""
-        await self._llm.pause_generation(mode="keep", clear_cache=True)
-        self._paused = True
+    async def pause(self, mode: PauseMode = "keep") -> int:
+        """Stop between two tokens; returns how many completions are in flight.
+
+        `keep`: vLLM holds them, and goes on after `resume` with new weights. `abort`: vLLM gives them back
+        with what they have, and after `resume` each is asked for again from there; nobody sees that but in
+        `Rollout.versions`. Raises EngineError when vLLM fails.
+        """
+        self._running.clear()
+        self._cuts += mode == "abort"
+        try:
+            await self._llm.pause_generation(mode=mode, clear_cache=True)
+        except Exception as error:
+            raise self._failure("pause", error) from error
+        return sum(request.unfinished for request in self._in_flight.values())
 
     async def receive(self, version: int) -> float:
         """Take one full set of weights from the sender; returns the seconds it took.
@@ -134,7 +208,7 @@ class Engine:
         Raises EngineError naming what failed; the engine then refuses to sample until a later call succeeds
         (after a new `init_weights`, because a failure closes the group).
         """
-        if not self._paused:
+        if self._running.is_set():
             raise EngineError(f"{self._name}: weights of version {version} came without a pause")
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
@@ -151,105 +225,98 @@ class Engine:
         return time.monotonic() - began
 
     async def resume(self) -> None:
-        """Go on sampling. Raises EngineError while the weights are those of a failed update."""
+        """Go on sampling.
+
+        Raises EngineError while the weights are those of a failed update, or when vLLM fails.
+        """
         if self._failed_sync is not None:
             raise EngineError(f"{self._name}: stays paused: {self._failed_sync}")
-        # An update does not do it: cached prefixes were computed by the old weights.
-        if not await self._llm.reset_prefix_cache(reset_running_requests=True):
-            raise EngineError(f"{self._name}: stays paused: vLLM did not drop its prefix cache")
-        await self._llm.resume_generation()
-        self._paused = False
+        try:
+            # An update does not do it: cached prefixes were computed by the old weights.
+            if not await self._llm.reset_prefix_cache(reset_running_requests=True):
+                raise EngineError(f"{self._name}: stays paused: vLLM did not drop its prefix cache")
+            await self._llm.resume_generation()
+        except Exception as error:
+            raise self._failure("resume", error) from error
+        self._running.set()
 
     async def info(self) -> EngineInfo:
         """The engine's state. Answers while weights are received."""
         return EngineInfo(
             name=self._name,
             pid=os.getpid(),
-            child_pids=tuple(child.pid for child in multiprocessing.active_children() if child.pid),
+            child_pids=self._processes.pids,
             version=self._version,
             failed_sync=self._failed_sync,
-            paused=self._paused,
+            paused=not self._running.is_set(),
             in_flight=len(self._in_flight),
         )
 
     async def stop(self) -> None:
-        """End vLLM's core process."""
+        """End vLLM's processes."""
         self._llm.shutdown()
 
-    async def _complete(self, request: str, prompt: Prompt, sampling: SamplingSettings) -> list[Any]:
-        from vllm import SamplingParams, TokensPrompt
-        from vllm.sampling_params import RequestOutputKind
+    async def _complete(self, request: _Request, index: int) -> Rollout:
+        pieces: list[Any] = []
+        while True:
+            await self._unpaused(request)
+            if request.aborted:
+                break
+            cuts = self._cuts
+            pieces.append(await self._sample(request, index, pieces))
+            if pieces[-1].finish_reason != "abort" or cuts == self._cuts:
+                break
+        request.unfinished -= 1
+        if pieces and pieces[-1].finish_reason not in ("stop", "length", "abort"):
+            raise EngineError(f"{self._name}: vLLM ended a completion with {pieces[-1].finish_reason!r}")
+        return joined(pieces, request.prompt, request.sampling, self._llm.tokenizer, self._version)
 
-        params = SamplingParams(
-            n=sampling.n,
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            stop=list(sampling.stop),
-            seed=sampling.seed,
-            logprobs=0,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        tokens = TokensPrompt(prompt_token_ids=prompt.tokens.tolist())
-        outputs: list[Any] = []
-        async for answer in self._llm.generate(tokens, params, request):
-            outputs = answer.outputs
-        return sorted(outputs, key=lambda output: output.index)
+    async def _sample(self, request: _Request, index: int, before: Sequence[Any]) -> Any:
+        """What vLLM completes of one completion, up to a pause that aborts it."""
+        # Not TokensPrompt, which vLLM puts through a thread first: an abort meanwhile would not find it.
+        from vllm.inputs import tokens_input
 
-    def _rollout(self, output: Any) -> Rollout:
-        tokens = list(output.token_ids)
-        if output.finish_reason not in ("stop", "length", "abort"):
-            raise EngineError(f"{self._name}: vLLM ended a completion with {output.finish_reason!r}")
-        spans = [int(span.version) for span in output.weight_versions or ()] or [self._version]
-        return Rollout(
-            tokens=int_row(tokens),
-            logprobs=float_row(
-                [entry[token].logprob for token, entry in zip(tokens, output.logprobs or (), strict=True)]
-            ),
-            text=output.text,
-            finish=cast(Finish, output.finish_reason),
-            loss_mask=int_row([1] * len(tokens)),
-            versions=(min(spans), max(spans)),
-        )
+        tokens = [*request.prompt.tokens.tolist(), *(token for piece in before for token in piece.token_ids)]
+        params = piece_params(request.sampling, index, before)
+        output: Any = None
+        async for answer in self._llm.generate(tokens_input(tokens), params, request.name_of(index)):
+            (output,) = answer.outputs
+        return output
 
+    async def _unpaused(self, request: _Request | None = None) -> None:
+        """Return once the engine is not paused, or the request is aborted. Raises EngineError."""
+        while not self._running.is_set() and not (request and request.aborted):
+            self._require_alive()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._running.wait(), _LOOK_S)
 
-def engine_arguments(config: RunConfig, model_path: str, device: str) -> dict[str, Any]:
-    """Arguments for vLLM's AsyncEngineArgs."""
-    rollout = config.rollout
-    return {
-        "model": model_path,
-        "dtype": config.model.torch_dtype,
-        "max_model_len": rollout.max_model_len,
-        "max_num_seqs": rollout.max_num_seqs,
-        "enforce_eager": rollout.enforce_eager,
-        "enable_prefix_caching": rollout.enable_prefix_caching,
-        # The probability of the token under temperature and top-p: that is the policy that sampled it.
-        "logprobs_mode": "processed_logprobs",
-        "seed": config.seed,
-        "weight_transfer_config": {"backend": "gloo"},
-        "disable_log_stats": True,
-        **_memory_arguments(rollout, device),
-    }
+    def _require_alive(self) -> None:
+        lost = self._processes.lost()
+        if lost is None and self._llm.errored:
+            lost = "vLLM has failed"
+        if lost is not None:
+            raise EngineError(f"{self._name}: {lost}; the cause is in the engine's log")
 
+    def _failure(self, what: str, error: Exception) -> EngineError:
+        if isinstance(error, EngineError):
+            return error
+        return EngineError(f"{self._name}: {what}: vLLM failed: {self._processes.lost() or repr(error)}")
 
-def completion_arguments(model_path: str, device: str, dtype: str, length: int) -> dict[str, Any]:
-    """Arguments for an engine that completes one prompt, of `length` tokens with the completion."""
-    return {
-        "model": model_path,
-        "dtype": dtype,
-        "max_model_len": length,
-        "max_num_seqs": 1,
-        "enforce_eager": True,
-        "disable_log_stats": True,
-        **_memory_arguments(RolloutConfig(), device),
-    }
+    def _require_good_weights(self, what: str) -> None:
+        if self._failed_sync is not None:
+            raise EngineError(
+                f"{self._name}: {what} refused: {self._failed_sync}; "
+                "weights must be sent again before it samples"
+            )
 
 
 async def stream_completion(
     arguments: Mapping[str, Any], tokens: Sequence[int], *, max_tokens: int, temperature: float, seed: int
-) -> AsyncGenerator[str]:
-    """Text of one completion as it comes, from an engine that lives for it alone. Raises EngineError."""
+) -> AsyncGenerator[tuple[str, Sequence[int]]]:
+    """Text and tokens of one completion as they come, from an engine that lives for it alone.
+
+    Tokens at the end that are no whole character have no text. Raises EngineError.
+    """
     from vllm import SamplingParams, TokensPrompt
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.sampling_params import RequestOutputKind
@@ -261,42 +328,15 @@ async def stream_completion(
     try:
         llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
     except Exception as error:
-        raise EngineError(f"vLLM did not start with {arguments['model']}: {error!r}") from error
+        raise EngineError(
+            f"vLLM did not start with {arguments['model']}: {error!r}; --backend transformers may take the model"
+        ) from error
     try:
         async for answer in llm.generate(TokensPrompt(prompt_token_ids=list(tokens)), params, "1"):
-            yield answer.outputs[0].text
+            yield answer.outputs[0].text, answer.outputs[0].token_ids
     except Exception as error:
         raise EngineError(f"vLLM failed with {arguments['model']}: {error!r}") from error
     finally:
         llm.shutdown()
         # Its destructor fails once the interpreter is going down, and this frame can live until then.
         del llm
-
-
-def _memory_arguments(rollout: RolloutConfig, device: str) -> dict[str, Any]:
-    if device == "cuda":
-        return {"gpu_memory_utilization": rollout.gpu_memory_utilization}
-    return {
-        "kv_cache_memory_bytes": rollout.kv_cache_memory_bytes,
-        # vLLM 0.32 rewinds the generator of a seeded request whose prompt it took in part, and torch's CPU
-        # generator cannot: the whole engine ends. Without chunks a prompt waits for a step it fits into.
-        "enable_chunked_prefill": False,
-    }
-
-
-def engine_environment(model_path: str, device: str, num_cpus: float) -> dict[str, str]:
-    """Environment variables of an engine's processes."""
-    environment = {OWNED_ENGINE: "1", "VLLM_NO_USAGE_STATS": "1"}
-    if Path(model_path).is_dir():
-        environment["HF_HUB_OFFLINE"] = "1"
-    if device == "cpu":
-        environment |= {
-            # vLLM on CPU otherwise adds a third process, for the sake of thread binding.
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            # By default every engine of a machine is bound to the same first cores.
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(max(1, int(num_cpus))),
-            # Even with enforce_eager, the first logprobs would compile a helper for 10 to 30 s.
-            "TORCHDYNAMO_DISABLE": "1",
-        }
-    return environment

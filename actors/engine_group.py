@@ -1,7 +1,9 @@
 """The engines as one sampler, and what a weight update needs from all of them."""
 
-import logging
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -9,127 +11,254 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors import deadline
+from actors.bridge_host import Meeting
 from actors.dispatch import Room
-from actors.engine import Engine, EngineInfo, engine_environment
+from actors.engine import Engine, EngineInfo
+from actors.engine_pool import EngineLostError, EnginePool, Member
+from actors.engine_settings import engine_environment
 from actors.env import resolve_device
 from algorithms.data import Group, Prompt, SamplingSettings
-from bridge.plan import Bucket
-from bridge.transport.gloo import buckets_to_wire
 from configs.errors import BasculeError
 from configs.schema import RunConfig
 
-LOG = logging.getLogger(__name__)
+# How often a wait for completions looks after lost and new engines.
+_LOOK_S = 1.0
+# An engine's death is noticed later than the failure of what it was doing.
+_NOTICE_S = 4.0
+
+Request = tuple[Prompt, SamplingSettings]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Running:
+    member: Member
+    request: Request
+
+    @property
+    def owner(self) -> str:
+        """What to call it in messages."""
+        return f"{self.member.name} (prompt {self.request[0].id})"
 
 
 class EngineGroup:
     """Engines as one sampler (algorithms.roles.Sampler), and what a weight update needs from all of them."""
 
-    def __init__(self, engines: Sequence[Any], room: int, timeout_s: float) -> None:
-        self._engines = tuple(engines)
-        self._names = tuple(f"engine {index}" for index in range(len(self._engines)))
-        self._room = Room(len(self._engines), room)
+    def __init__(self, pool: EnginePool, room: int, timeout_s: float, workers: int = 1) -> None:
+        """`room` is how many sequences an engine takes, `workers` of how many processes one consists."""
+        self.pool = pool
+        self.workers = workers
+        self._room = Room(len(pool), room)
         self._timeout_s = timeout_s
+        self._give_weights: Callable[[Member], None] = pool.admit
 
     def __len__(self) -> int:
-        return len(self._engines)
+        return len(self.pool)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What to call the engines in messages."""
-        return self._names
-
-    def generate(self, requests: Iterable[tuple[Prompt, SamplingSettings]]) -> Iterator[Group]:
+    def generate(self, requests: Iterable[Request]) -> Iterator[Group]:
         """Groups in the order they finish. A request is drawn from `requests` when an engine has room for it.
 
-        Raises the EngineError of an engine, ActorLostError naming engine and prompt, or DeadlineExceededError
-        when no group at all was finished within the time for a step. What is in flight then is given up, and
-        also when the caller stops iterating.
+        What a lost engine was doing is given to others. Raises the EngineError of an engine that lives,
+        EngineLostError when no engine is left, or DeadlineExceededError when no group at all was finished within
+        the time for a step. What is in flight then is given up, and also when the caller stops iterating.
         """
-        waiting = iter(requests)
-        following = next(waiting, None)
-        running: dict[Any, tuple[int, int, str]] = {}
+        waiting = _Requests(requests)
+        running: dict[Any, _Running] = {}
         try:
-            while running or following is not None:
-                while following is not None:
-                    prompt, sampling = following
-                    engine = self._room.take(sampling.n)
-                    if engine is None:
-                        break
-                    ref = self._engines[engine].generate.remote(prompt, sampling)
-                    running[ref] = engine, sampling.n, f"{self._names[engine]} (prompt {prompt.id})"
-                    following = next(waiting, None)
-                yield self._next_group(running)
+            while running or waiting:
+                self._welcome()
+                self._submit(waiting, running)
+                group = self._next_group(running, waiting)
+                if group is not None:
+                    yield group
+            self._settle()
         finally:
-            for ref, (engine, n, _) in running.items():
-                self._room.give_back(engine, n)
+            for ref, work in running.items():
+                self._room.give_back(work.member.index, work.request[1].n)
                 # An iterator that an error left behind may be closed only after the run has left Ray; any call
                 # would then start a new Ray.
                 if ray.is_initialized():
                     ray.cancel(ref, recursive=False)
 
-    def init_weights(
-        self, host: str, port: int, timeout_s: float, buckets: Iterable[Bucket]
-    ) -> list[ray.ObjectRef]:
-        """Let all engines join the group of the sender, which is rank 0 of `len(self) + 1` at `host:port`.
+    def welcome_with(self, give_weights: Callable[[Member], None]) -> None:
+        """Call this for an engine that was started again; it has to give it weights and admit it to the pool."""
+        self._give_weights = give_weights
 
-        Returns at once, for the sender has to connect at the same time; then `wait` for the result.
+    def meet(
+        self, members: Sequence[Member], meeting: Meeting, plan: Mapping[str, Any], partial: bool
+    ) -> list[Any]:
+        """Let the engines join the group of the sender, which is rank 0 of the meeting.
+
+        `plan` is as bridge.sync_plan.to_wire makes it. Returns refs at once, for the sender has to join as well.
         """
-        wire = buckets_to_wire(buckets)
-        common = {"host": host, "port": port, "world_size": len(self) + 1, "timeout_s": timeout_s}
+        common = {
+            "host": meeting.host,
+            "port": meeting.port,
+            "world_size": meeting.world_size,
+            "timeout_s": meeting.timeout_s,
+            "peers": list(meeting.peers),
+            "partial": partial,
+            "plan": plan,
+        }
         return [
-            engine.init_weights.remote({**common, "rank_offset": index + 1, "buckets": wire})
-            for index, engine in enumerate(self._engines)
+            member.actor.init_weights.remote({**common, "rank_offset": 1 + place * self.workers})
+            for place, member in enumerate(members)
         ]
 
-    def pause(self) -> None:
-        """Stop all engines between two tokens."""
-        self.wait([engine.pause.remote() for engine in self._engines], "pause of engines")
+    def worker_names(self, members: Sequence[Member]) -> list[str]:
+        """What to call the workers of the engines, in the order of their ranks."""
+        if self.workers == 1:
+            return [member.name for member in members]
+        return [f"{member.name} worker {worker}" for member in members for worker in range(self.workers)]
 
-    def receive(self, version: int) -> list[ray.ObjectRef]:
-        """Let all engines receive one full set of weights. Returns at once; `wait` for seconds per engine."""
-        return [engine.receive.remote(version) for engine in self._engines]
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """Engines that sample."""
+        return self.pool.members("up")
 
-    def resume(self) -> None:
-        """Let all engines go on."""
-        self.wait([engine.resume.remote() for engine in self._engines], "resume of engines")
+    def pause(self, members: Sequence[Member] | None = None, mode: str = "keep") -> int:
+        """Stop engines, by default all, between two tokens; returns how many prompts are in flight."""
+        members = self.members if members is None else members
+        return sum(self.wait(members, [m.actor.pause.remote(mode) for m in members], "pause of engines"))
+
+    def receive(self, members: Sequence[Member], version: int) -> list[Any]:
+        """Let the engines receive a set of weights. Returns refs at once; they hold seconds."""
+        return [member.actor.receive.remote(version) for member in members]
+
+    def resume(self, members: Sequence[Member] | None = None) -> None:
+        """Let engines, by default all, go on."""
+        members = self.members if members is None else members
+        self.wait(members, [member.actor.resume.remote() for member in members], "resume of engines")
 
     def abort_all(self) -> int:
         """End all completions now; returns how many prompts those were."""
-        return sum(self.wait([engine.abort_all.remote() for engine in self._engines], "abort of completions"))
+        members = self.members
+        return sum(self.wait(members, [m.actor.abort_all.remote() for m in members], "abort of completions"))
+
+    def score(self, tokens: Sequence[int]) -> list[list[float]]:
+        """What every engine that is up says: the log-probability of each token but the first, at temperature 1."""
+        members = self.members
+        return self.wait(members, [m.actor.score.remote(list(tokens)) for m in members], "score of a prompt")
 
     def info(self) -> list[EngineInfo]:
-        """State of every engine."""
-        return self.wait([engine.info.remote() for engine in self._engines], "state of engines")
+        """State of every engine that is up."""
+        members = self.members
+        return self.wait(members, [member.actor.info.remote() for member in members], "state of engines")
 
-    def wait(self, refs: Sequence[Any], phase: str) -> list[Any]:
+    def wait(self, members: Sequence[Member], refs: Sequence[Any], phase: str) -> list[Any]:
         """Results of one ref per engine. Raises like deadline.get_all."""
-        return deadline.get_all(refs, self._names, timeout_s=self._timeout_s, phase=phase)
+        names = [member.name for member in members]
+        return deadline.get_all(refs, names, timeout_s=self._timeout_s, phase=phase)
 
     def start(self) -> list[ray.ObjectRef]:
         """Let all engines load their models. Returns at once, so that trainers can start meanwhile."""
-        return [engine.start.remote() for engine in self._engines]
+        return [member.actor.start.remote() for member in self.members]
 
     def ready(self, refs: Sequence[Any], timeout_s: float) -> None:
-        """Wait for what `start` gave; logs the seconds of each engine. Raises like `wait`; none is left then."""
+        """Wait for what `start` gave, then watch the engines. Raises like `wait`; none is left then."""
+        names = [member.name for member in self.members]
         try:
-            seconds = deadline.get_all(refs, self._names, timeout_s=timeout_s, phase="start of engines")
+            deadline.get_all(refs, names, timeout_s=timeout_s, phase="start of engines")
         except BasculeError:
             self.kill()
             raise
-        for name, took in zip(self._names, seconds, strict=True):
-            LOG.info("%s started in %.1f s", name, took)
+        self.pool.watch()
+
+    def close(self) -> None:
+        """Stop watching the engines."""
+        self.pool.close()
 
     def kill(self) -> None:
         """End all engine processes."""
-        for engine in self._engines:
-            ray.kill(engine)
+        self.close()
+        for member in self.pool.members("up", "new"):
+            ray.kill(member.actor)
 
-    def _next_group(self, running: dict[Any, tuple[int, int, str]]) -> Group:
-        owners = [owner for _, _, owner in running.values()]
-        ref = deadline.wait_any(list(running), owners, timeout_s=self._timeout_s, phase="generate")
-        engine, n, owner = running.pop(ref)
-        self._room.give_back(engine, n)
-        return deadline.get(ref, owner, timeout_s=self._timeout_s, phase="generate")
+    def _welcome(self) -> None:
+        self.pool.wait_for_one(self._timeout_s)
+        for member in self.pool.members("new"):
+            self._give_weights(member)
+
+    def _settle(self) -> None:
+        """Wait for engines on their way, so that nobody is given weights while the trainer makes new ones."""
+        while self.pool.members("starting", "new"):
+            time.sleep(0.1)
+            for member in self.pool.members("new"):
+                self._give_weights(member)
+
+    def _submit(self, waiting: "_Requests", running: dict[Any, _Running]) -> None:
+        members = {member.index: member for member in self.pool.members("up")}
+        while waiting:
+            prompt, sampling = waiting.first
+            engine = self._room.take(sampling.n, members)
+            if engine is None:
+                return
+            ref = members[engine].actor.generate.remote(prompt, sampling)
+            running[ref] = _Running(member=members[engine], request=waiting.pop())
+
+    def _next_group(self, running: dict[Any, _Running], waiting: "_Requests") -> Group | None:
+        """The next group, or None when an engine was lost or a new one came first."""
+        end = time.monotonic() + self._timeout_s
+        while running:
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK_S)
+            if ready:
+                return self._finished(ready[0], running, waiting)
+            if self.pool.members("new"):
+                return None
+            if time.monotonic() > end:
+                late = ", ".join(work.owner for work in running.values())
+                raise deadline.DeadlineExceededError(
+                    f"generate: no answer within {self._timeout_s:.0f} s from {late}"
+                )
+        return None
+
+    def _finished(self, ref: Any, running: dict[Any, _Running], waiting: "_Requests") -> Group | None:
+        work = running.pop(ref)
+        member = work.member
+        self._room.give_back(member.index, work.request[1].n)
+        try:
+            return deadline.get(ref, work.owner, timeout_s=self._timeout_s, phase="generate")
+        except BasculeError as error:
+            if isinstance(error, deadline.ActorLostError):
+                self.pool.lost(member, error)
+            elif not self.pool.noticed(member, _NOTICE_S):
+                raise
+            if self.pool.is_hopeless(member) and not self.pool.members("up", "new", "starting"):
+                raise EngineLostError(f"{work.owner}: {error}") from error
+            waiting.again(work.request)
+            return None
+
+
+class _Requests:
+    """Requests that wait: those of lost engines first, then the caller's, drawn one ahead."""
+
+    def __init__(self, requests: Iterable[Request]) -> None:
+        self._source = iter(requests)
+        self._next: deque[Request] = deque()
+        self._draw()
+
+    def __bool__(self) -> bool:
+        return bool(self._next)
+
+    @property
+    def first(self) -> Request:
+        """The one that is next."""
+        return self._next[0]
+
+    def pop(self) -> Request:
+        """Take it."""
+        request = self._next.popleft()
+        if not self._next:
+            self._draw()
+        return request
+
+    def again(self, request: Request) -> None:
+        """Put a request back that was not answered."""
+        self._next.appendleft(request)
+
+    def _draw(self) -> None:
+        following = next(self._source, None)
+        if following is not None:
+            self._next.append(following)
 
 
 def create_engines(
@@ -145,21 +274,28 @@ def create_engines(
     Without weights they start with random ones and have to be sent a version before they sample.
     """
     device = resolve_device(config.model.device)
-    environment = engine_environment(model_path, device, config.cluster.cpus_per_engine)
-    engines = [
-        ray.remote(Engine)
-        .options(
-            num_cpus=config.cluster.cpus_per_engine,
-            num_gpus=1 if device == "cuda" else 0,
+    rollout, cluster = config.rollout, config.cluster
+    environment = engine_environment(model_path, device, cluster.cpus_per_engine)
+
+    def make(index: int) -> Any:
+        options: dict[str, Any] = {
+            "num_cpus": cluster.cpus_per_engine * rollout.tensor_parallel_size,
+            "num_gpus": rollout.tensor_parallel_size if device == "cuda" else 0,
             # A restarted actor would come back without its weights and look healthy.
-            max_restarts=0,
-            max_concurrency=1000,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                placement_group, placement_group_bundle_index=bundle
+            "max_restarts": 0,
+            "max_concurrency": 1000,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                placement_group, placement_group_bundle_index=bundle_indices[index]
             ),
-            runtime_env={"env_vars": environment},
-        )
-        .remote(f"engine {index}", model_path, config, device, with_weights)
-        for index, bundle in enumerate(bundle_indices)
-    ]
-    return EngineGroup(engines, config.rollout.max_num_seqs, config.cluster.step_timeout_s)
+            "runtime_env": {"env_vars": environment},
+        }
+        actor: Any = ray.remote(Engine).options(**options)
+        return actor.remote(f"engine {index}", model_path, config, device, with_weights)
+
+    pool = EnginePool(
+        [make(index) for index in range(len(bundle_indices))],
+        make,
+        start_timeout_s=cluster.start_timeout_s,
+        max_recoveries=config.bridge.max_recoveries,
+    )
+    return EngineGroup(pool, rollout.max_num_seqs, cluster.step_timeout_s, rollout.tensor_parallel_size)

@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from configs.errors import BasculeError
+from configs.errors import BasculeError, ConfigError
 
 _PR_SET_PDEATHSIG = 1
 PACKAGES = ("actors", "bridge", "algorithms", "configs")
@@ -44,11 +44,11 @@ def end_with_parent() -> None:
 
 
 def resolve_device(device: str) -> str:
-    """`cpu` or `cuda`; `auto` takes cuda where torch finds one."""
+    """`cpu` or `cuda`; `auto` is cuda where torch finds one. Raises ConfigError for cuda without one."""
     import torch
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise BasculeError("model.device is cuda, but torch finds no GPU; set it to cpu or auto")
+        raise ConfigError("device is cuda, but torch finds no GPU; set it to cpu or auto")
     return device

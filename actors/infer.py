@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.engine import completion_arguments, engine_environment, stream_completion
+from actors.engine import stream_completion
+from actors.engine_settings import completion_arguments, engine_environment
+from actors.engine_support import check_routing
 from actors.env import resolve_device
-from bridge.checkpoint import resolve_model
+from actors.model_source import is_torch_dist, load_tokenizer
+from bridge.checkpoint import check_files, resolve_model
 from configs.errors import BasculeError, ConfigError
 from configs.export import InferConfig
 
@@ -35,15 +38,23 @@ def infer(config: InferConfig, on_text: OnText) -> str:
     """The answer's text, without special tokens. `on_text` gets it piece by piece as it comes.
 
     The answer ends at the model's end-of-text token, after `max_new_tokens`, or where the model's positions
-    end. Raises ConfigError for a missing model or tokenizer and for a prompt that does not fit, BasculeError
-    when the backend fails.
+    end. Raises ConfigError for a model or tokenizer that is missing, damaged, or another one to the backend, and
+    for a prompt that does not fit; BasculeError when the backend fails.
     """
+    if is_torch_dist(Path(config.model)):
+        raise ConfigError(
+            f"model: {config.model} is a Megatron torch_dist checkpoint; make safetensors of it first: bascule "
+            f"export --mcore_model {config.model} --to_hf true"
+        )
     model = resolve_model(config.model, "model")
     device = resolve_device(config.device)
-    tokenizer = _load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     tokens = _prompt_tokens(config, tokenizer)
     hf_config = _read_config(model)
     room = _room(hf_config, len(tokens))
+    check_files(model)
+    if config.backend == "vllm":
+        check_routing(model, hf_config.to_dict())
     request = _Request(
         model=model,
         tokenizer=tokenizer,
@@ -56,16 +67,6 @@ def infer(config: InferConfig, on_text: OnText) -> str:
     )
     answer = _with_vllm if config.backend == "vllm" else _with_transformers
     return answer(request, on_text)
-
-
-def _load_tokenizer(model: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model, local_files_only=True)
-    # The files are foreign, and so is what reads them: a broken one may raise anything.
-    except Exception as error:
-        raise ConfigError(f"model: {model}: no tokenizer can be loaded: {error!r}") from error
 
 
 def _prompt_tokens(config: InferConfig, tokenizer: Any) -> list[int]:
@@ -114,7 +115,8 @@ def _with_vllm(request: _Request, on_text: OnText) -> str:
 
     async def collect() -> str:
         pieces: list[str] = []
-        async for piece in stream_completion(
+        tokens: list[int] = []
+        async for piece, new_tokens in stream_completion(
             arguments,
             request.tokens,
             max_tokens=request.max_new_tokens,
@@ -122,8 +124,11 @@ def _with_vllm(request: _Request, on_text: OnText) -> str:
             seed=config.seed,
         ):
             pieces.append(piece)
+            tokens += new_tokens
             on_text(piece)
-        return "".join(pieces)
+        rest = _held_back("".join(pieces), tokens, request.tokenizer)
+        on_text(rest)
+        return "".join([*pieces, rest])
 
     text = asyncio.run(collect())
     # The engine is part of a circle, and must be gone before the interpreter is.
@@ -131,9 +136,18 @@ def _with_vllm(request: _Request, on_text: OnText) -> str:
     return text
 
 
+def _held_back(text: str, tokens: Sequence[int], tokenizer: Any) -> str:
+    """What is missing in vLLM's text at the end: bytes of a character that is not whole."""
+    whole: str = tokenizer.decode(tokens, skip_special_tokens=True)
+    # Some tokenizers drop the space that an answer begins with, where it is decoded alone.
+    before = text.lstrip()
+    return whole.lstrip().removeprefix(before) if whole.lstrip().startswith(before) else ""
+
+
 def _with_transformers(request: _Request, on_text: OnText) -> str:
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     class Pieces(TextStreamer):
         """Hands every finished piece of text on."""
@@ -142,13 +156,20 @@ def _with_transformers(request: _Request, on_text: OnText) -> str:
             on_text(text)
 
     config = request.config
+    # It would list tensors that it has no use for; a DeepSeek-V3 has a whole layer of them.
+    set_verbosity_error()
+    disable_progress_bar()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            request.model, dtype=request.dtype, local_files_only=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            request.model, dtype=request.dtype, local_files_only=True, output_loading_info=True
         )
     # Weights and config are foreign: a broken one may raise anything.
     except Exception as error:
         raise BasculeError(f"{request.model}: transformers cannot load the model: {error!r}") from error
+    model, found = loaded
+    if found["missing_keys"]:
+        names = ", ".join(sorted(found["missing_keys"]))
+        raise ConfigError(f"{request.model}: transformers needs tensors that are not there: {names}")
     model.to(request.device).eval()
     sampling = {"temperature": config.temperature, "top_k": 0, "top_p": 1.0} if config.temperature else {}
     # Only what ends a text is the model's own: its preferred sampling is not, as with vLLM.

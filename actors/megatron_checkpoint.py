@@ -17,16 +17,17 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from actors.checkpoint_files import (
     find_iteration,
     iteration_name,
-    replace_directory,
     write_latest,
 )
-from configs.errors import BasculeError
+from bridge.partial_directory import make_partial, partial_of, put_in_place
+from configs.errors import BasculeError, ConfigError, WriteError
 
 T = TypeVar("T")
 
@@ -41,8 +42,8 @@ _STATE = ("optimizer.", "chained_")
 """Beginnings of the keys that hold optimizer state."""
 
 
-class MegatronCheckpointError(BasculeError):
-    """A torch_dist checkpoint cannot be written or read. Names the directory, and the keys."""
+class MegatronCheckpointError(ConfigError):
+    """A torch_dist checkpoint cannot be read, or does not fit the model. Names the directory, and the keys."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,12 +68,12 @@ def save_torch_dist(
     `chunks` are the bare models of this rank, one for each virtual stage; `directory` is on a file system that
     the ranks share. The iteration appears under its name only when all ranks have written it, and replaces
     an older one of the same number. Before that rank 0 calls `write_beside`, which puts into `directory` what
-    belongs to a checkpoint besides its iterations. Raises MegatronCheckpointError on every rank, naming the
+    belongs to a checkpoint besides its iterations. Raises WriteError on every rank, naming the
     directory; the unfinished part is then removed.
     """
     final = directory / iteration_name(iteration)
-    partial = final.with_name(final.name + ".partial")
-    _on_rank_0(f"{partial} cannot be created", lambda: _make_empty(partial))
+    partial = partial_of(final)
+    _on_rank_0(f"{partial} cannot be created", lambda: make_partial(final))
     state = _state(chunks, _CONTENT, optimizer, is_loading=False)
     state |= {"checkpoint_version": 3.0, "iteration": iteration}
     if scheduler is not None:
@@ -81,13 +82,14 @@ def save_torch_dist(
         _together(
             f"{partial}: the checkpoint could not be written",
             lambda: dist_checkpointing.save(state, str(partial), content_metadata=dict(_CONTENT)),
+            WriteError,
         )
         _on_rank_0(f"{directory}: the files beside the checkpoint could not be written", write_beside)
-    except MegatronCheckpointError:
+    except WriteError:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    _on_rank_0(f"{final} cannot be renamed into place", lambda: _publish(partial, final, iteration))
+    _on_rank_0(f"{final} cannot be renamed into place", lambda: _publish(final, iteration))
     return final
 
 
@@ -339,38 +341,40 @@ def _saved_group(group: Mapping[str, Any], saved: Sequence[Mapping[str, Any]]) -
     return {**(same or alike)[0], "is_expert_parallel": group["is_expert_parallel"]}
 
 
-def _make_empty(partial: Path) -> None:
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-
-
-def _publish(partial: Path, final: Path, iteration: int) -> None:
-    replace_directory(partial, final)
+def _publish(final: Path, iteration: int) -> None:
+    put_in_place(final)
     write_latest(final.parent, iteration)
 
 
 def _on_rank_0(message: str, action: Callable[[], None]) -> None:
-    """Run `action` on rank 0; no rank goes on before it is done, and all learn of its failure."""
-    _together(message, action if dist.get_rank() == 0 else lambda: None)
+    """Run `action` on rank 0, which writes; no rank goes on before it is done, and all learn of its failure."""
+    _together(message, action if dist.get_rank() == 0 else lambda: None, WriteError)
 
 
-def _together(message: str, action: Callable[[], T]) -> T:
-    """Run `action` on every rank. Raises MegatronCheckpointError on all of them when it fails on one."""
+def _together(message: str, action: Callable[[], T], kind: type[BasculeError] = MegatronCheckpointError) -> T:
+    """Run `action` on every rank. Raises an error of `kind` on all of them when it fails on one."""
     try:
         result = action()
     # Megatron and the unpickler raise anything; a rank that just left would keep the others waiting.
-    except Exception as error:
-        _raise_together(f"{message}: {error!r}")
+    except (Exception, CheckpointException) as error:
+        said = _said(error)
+        _raise_together(said and f"{message}: {said}", kind)
         raise
-    _raise_together(None)
+    _raise_together(None, kind)
     return result
 
 
-def _raise_together(problem: str | None) -> None:
-    """Raises MegatronCheckpointError on every rank when any of them has a problem."""
+def _said(error: BaseException) -> str:
+    if not isinstance(error, CheckpointException):
+        return repr(error)
+    # No Exception, and by itself a page of traces. One rank's names all that failed, those of the others nothing.
+    return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
+
+
+def _raise_together(problem: str | None, kind: type[BasculeError] = MegatronCheckpointError) -> None:
+    """Raises an error of `kind` on every rank when any of them has a problem."""
     problems: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
-    found = list(dict.fromkeys(text for text in problems if text is not None))
+    found = list(dict.fromkeys(text for text in problems if text))
     if found:
-        raise MegatronCheckpointError("\n".join(found))
+        raise kind("\n".join(found))

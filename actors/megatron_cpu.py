@@ -16,6 +16,7 @@ import importlib.metadata
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from types import CodeType, ModuleType
@@ -41,6 +42,13 @@ _NAMES = {
     "torch.cuda.nvtx": f"{_NAMESPACE}.nvtx",
     "torch.cuda.memory": f"{_NAMESPACE}.memory",
 }
+
+_EXPECTED = (
+    "(Transformer Engine and )?Apex (is|are) not installed",
+    # Megatron warns about its own default, and then takes what it advises.
+    "full scope is deprecated",
+)
+"""Beginnings of Megatron's warnings that say nothing new on a machine without CUDA."""
 
 
 def install() -> None:
@@ -68,6 +76,8 @@ def install() -> None:
     setattr(torch.backends, _NAMESPACE, torch.backends.cuda)
     setattr(torch.Tensor, _NAMESPACE, lambda tensor, *args, **kwargs: tensor)
     sys.meta_path.insert(0, _Finder())
+    for message in _EXPECTED:
+        warnings.filterwarnings("ignore", message, UserWarning)
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -29,6 +29,7 @@ from actors.megatron_setup import Device, build_chunks, optimizer_config, schedu
 from algorithms.data import FloatRow, MicroBatch, StepResult, float_row
 from algorithms.roles import TokenLoss
 from bridge.fit import check_layout
+from bridge.plan import TORCH_DTYPES
 from bridge.rules import MegatronSpec
 from configs.errors import BasculeError
 from configs.schema import LayoutConfig, RunConfig
@@ -169,7 +170,7 @@ class MegatronModel:
 
     def __init__(self, run: RunConfig, spec: MegatronSpec, *, device: Device, load: Load) -> None:
         check_layout(spec, run.trainer)
-        dtype = torch.bfloat16 if run.model.torch_dtype == "bfloat16" else torch.float32
+        dtype = TORCH_DTYPES[run.model.torch_dtype]
         self._model = FrozenModel(run.trainer, dtype, spec, device=device, load=load)
         config = self._model.config
         config.finalize_model_grads_func = _finalize_gradients

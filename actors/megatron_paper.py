@@ -50,7 +50,7 @@ def plan_on_paper(directory: Path, layout: LayoutConfig, torch_dtype: torch.dtyp
     claims: list[Claims] = []
     per_stage = layout.world_size // layout.pipeline_model_parallel_size
     for stage in range(layout.pipeline_model_parallel_size):
-        with _counting_group(layout, stage * per_stage):
+        with counting_group(layout, stage * per_stage):
             config = transformer_config(layout, dtype, spec, "cpu")
             with torch.device("meta"):
                 chunks = build_chunks(config, spec, mtp=True)
@@ -63,7 +63,8 @@ def plan_on_paper(directory: Path, layout: LayoutConfig, torch_dtype: torch.dtyp
 
 
 @contextmanager
-def _counting_group(layout: LayoutConfig, rank: int) -> Iterator[None]:
+def counting_group(layout: LayoutConfig, rank: int) -> Iterator[None]:
+    """Megatron's process groups as `rank` has them, in a process that is alone. They only count."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
         parallel_state.initialize_model_parallel(
@@ -86,10 +87,15 @@ def place_of(layout: LayoutConfig, rank: int) -> Place:
     )
 
 
+def expert_rank_of(layout: LayoutConfig, rank: int) -> int:
+    """Which part of each layer's experts the rank has: the ranks of an expert are next to each other."""
+    return rank // layout.expert_tensor_size % layout.expert_model_parallel_size
+
+
 def _claims(
     family: Family, spec: MegatronSpec, chunks: list[GPTModel], layout: LayoutConfig, rank: int
 ) -> Claims:
-    expert_rank = rank // layout.expert_tensor_size % layout.expert_model_parallel_size
+    expert_rank = expert_rank_of(layout, rank)
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, MoELayer):

@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from actors.megatron_layers import decoder_spec, mtp_spec
 from bridge.fit import moe_pattern, pipeline_stages, virtual_stages
 from bridge.layouts import padded_vocabulary
+from bridge.plan import TORCH_DTYPES
 from bridge.rules import MegatronSpec
 from configs.errors import BasculeError
 from configs.schema import LayoutConfig, RunConfig
@@ -265,7 +266,7 @@ def _mark_experts(chunk: GPTModel, config: TransformerConfig) -> None:
 def optimizer_config(run: RunConfig) -> OptimizerConfig:
     """Megatron's optimizer settings of the run."""
     trainer = run.trainer
-    bf16 = run.model.torch_dtype == "bfloat16"
+    dtype = TORCH_DTYPES[run.model.torch_dtype]
     return OptimizerConfig(
         optimizer="adam",
         lr=trainer.lr,
@@ -275,8 +276,8 @@ def optimizer_config(run: RunConfig) -> OptimizerConfig:
         adam_beta2=trainer.adam_beta2,
         adam_eps=trainer.adam_eps,
         clip_grad=trainer.clip_grad,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
         use_distributed_optimizer=trainer.use_distributed_optimizer,
     )
 

@@ -4,20 +4,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from actors.checkpoint_files import (
     SourceTensor,
     checkpoint_root,
-    copy_side_files,
-    drop_quantization,
     find_iteration,
     read_source_index,
     write_source_index,
 )
 from bridge.checkpoint import CheckpointReader, resolve_model
-from bridge.plan import TensorInfo
-from bridge.safetensors_file import DTYPES
+from bridge.plan import TensorInfo, main_dtype
+from bridge.safetensors_file import DTYPE_NAMES, DTYPES
+from bridge.side_files import LATEST, METADATA, adapt_config, copy_side_files
+from configs.errors import ConfigError
 
 if TYPE_CHECKING:
     from bridge.model_bridge import ModelBridge
@@ -45,42 +47,90 @@ class ModelSize:
     """Elements of the largest tensor; 0 where nothing says so."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contents:
+    """What the files of a source say of its tensors."""
+
+    tensors: Mapping[str, TensorInfo] | None
+    """Names, types and shapes as they are in safetensors, or were before the torch_dist checkpoint was made.
+
+    None when nothing says so; they then follow from the model.
+    """
+    quantized: bool
+    """Whether some of them are stored in another type than they are loaded in."""
+
+
 def find_model(model: str | None, mcore_model: Path | None, option: str) -> ModelSource:
-    """The source of what a user gave. Raises ConfigError naming the `option`."""
-    mcore = None if mcore_model is None else mcore_model.resolve()
-    directory = model if model is not None or mcore is None else str(checkpoint_root(mcore))
-    assert directory is not None, "the configuration makes sure of one of the two"
-    return ModelSource(directory=resolve_model(directory, option=option).resolve(), mcore=mcore)
+    """The source of what a user gave as `option` and as that with `mcore_` before its last part.
+
+    Raises ConfigError naming the option, and the other one where a directory is of the other kind.
+    """
+    section, dot, name = option.rpartition(".")
+    mcore_option = f"{section}{dot}mcore_{name}"
+    if mcore_model is None:
+        assert model is not None, "the configuration makes sure of one of the two"
+        if is_torch_dist(Path(model)):
+            raise ConfigError(
+                f"{option}: {model} is a Megatron torch_dist checkpoint; give it as --{mcore_option}"
+            )
+        return ModelSource(directory=resolve_model(model, option).resolve())
+    mcore = mcore_model.resolve()
+    try:
+        find_iteration(mcore)
+    except ConfigError as error:
+        hint = f"; its weights are safetensors: give it as --{option}" if _has_safetensors(mcore) else ""
+        raise ConfigError(f"{mcore_option}: {error}{hint}") from error
+    root = checkpoint_root(mcore)
+    if model is None and not (root / "config.json").is_file():
+        raise ConfigError(
+            f"{mcore_option}: {root} has no config.json; give the directory that has it, and the tokenizer, as "
+            f"--{option}"
+        )
+    directory = root if model is None else resolve_model(model, option)
+    return ModelSource(directory=directory.resolve(), mcore=mcore)
+
+
+def _has_safetensors(directory: Path) -> bool:
+    return any(directory.glob("*.safetensors"))
+
+
+def is_torch_dist(directory: Path) -> bool:
+    """Whether the weights in it are Megatron's."""
+    found = any((directory / name).is_file() for name in (LATEST, METADATA))
+    return found and not _has_safetensors(directory)
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """transformers' tokenizer of a model directory. Raises ConfigError naming it when none can be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    # The files are foreign, and so is what reads them: a broken one may raise anything.
+    except Exception as error:
+        raise ConfigError(f"{directory}: no tokenizer can be loaded: {error!r}") from error
+
+
+def read_contents(source: ModelSource) -> Contents:
+    """What the source holds. Raises CheckpointError or ConfigError naming the file."""
+    # Without a torch_dist checkpoint there should be weights here; the reader says what is missing.
+    if source.mcore is None or _has_safetensors(source.directory):
+        with CheckpointReader(source.directory) as reader:
+            return Contents(tensors=dict(reader.tensors), quantized=source.mcore is None and reader.quantized)
+    index = read_source_index(checkpoint_root(source.mcore))
+    if index is None:
+        return Contents(tensors=None, quantized=False)
+    infos = [TensorInfo(name=each.name, dtype=DTYPES[each.dtype], shape=each.shape) for each in index]
+    return Contents(tensors={info.name: info for info in infos}, quantized=False)
 
 
 def tensors_of(source: ModelSource) -> Mapping[str, TensorInfo] | None:
-    """Names, types and shapes as they are in safetensors, or were before the torch_dist checkpoint was made.
-
-    None when nothing says so; they then follow from the model. Raises CheckpointError or ConfigError naming
-    the file.
-    """
-    if any(source.directory.glob("*.safetensors")):
-        with CheckpointReader(source.directory) as reader:
-            return dict(reader.tensors)
-    index = None if source.mcore is None else read_source_index(checkpoint_root(source.mcore))
-    if index is None and source.mcore is None:
-        # There should have been weights here; the reader says what is missing.
-        with CheckpointReader(source.directory) as reader:
-            return dict(reader.tensors)
-    if index is None:
-        return None
-    return {
-        tensor.name: TensorInfo(name=tensor.name, dtype=DTYPES[tensor.dtype], shape=tensor.shape)
-        for tensor in index
-    }
+    """The tensors that read_contents tells."""
+    return read_contents(source).tensors
 
 
-def model_size(source: ModelSource) -> ModelSize:
-    """What the tensors amount to; where only a torch_dist checkpoint tells, estimated from its files.
-
-    Raises like tensors_of.
-    """
-    tensors = tensors_of(source)
+def model_size(source: ModelSource, tensors: Mapping[str, TensorInfo] | None) -> ModelSize:
+    """What the `tensors` of a source amount to; estimated from the files of its torch_dist where it has none."""
     if tensors is None:
         assert source.mcore is not None, "a source without tensors is a torch_dist checkpoint"
         nbytes = sum(path.stat().st_size for path in find_iteration(source.mcore).glob("*.distcp"))
@@ -96,22 +146,24 @@ def model_size(source: ModelSource) -> ModelSize:
     )
 
 
-def write_beside(directory: Path, bridge: "ModelBridge", *, mtp: bool) -> None:
+def write_beside(
+    directory: Path, bridge: "ModelBridge", *, torch_dtype: torch.dtype | None, mtp: bool
+) -> None:
     """Put what a torch_dist checkpoint lacks of a model beside it: config, tokenizer, and the list of tensors.
 
-    Without `mtp` the checkpoint, and so the list, has no layers for multi-token prediction.
+    These are of `torch_dtype`, or else of the types that they have in the source. Without `mtp` the checkpoint,
+    and so the list, has no layers for multi-token prediction.
     """
     copy_side_files(bridge.directory, directory)
+    infos = [
+        info
+        for name, info in (bridge.tensors_in(torch_dtype) or {}).items()
+        if mtp or not bridge.family.is_extra_layer(bridge.spec, name)
+    ]
     # No tensor of the checkpoint is quantized.
-    drop_quantization(directory / "config.json")
-    if bridge.tensors is None:
-        return
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    write_source_index(
-        directory,
-        [
-            SourceTensor(name=name, dtype=names[info.dtype], shape=info.shape)
-            for name, info in bridge.tensors.items()
-            if mtp or not bridge.family.is_extra_layer(bridge.spec, name)
-        ],
-    )
+    adapt_config(directory / "config.json", main_dtype(infos) if infos else torch_dtype, quantized=False)
+    if infos:
+        write_source_index(
+            directory,
+            [SourceTensor(name=info.name, dtype=DTYPE_NAMES[info.dtype], shape=info.shape) for info in infos],
+        )

@@ -1,7 +1,7 @@
 """What a run reserves from Ray: one placement group, a bundle for each actor."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -82,16 +82,22 @@ def bundles_of(config: RunConfig, size: ModelSize, device: str) -> tuple[Bundle,
     cache = rollout.kv_cache_memory_bytes if device == "cpu" else 0
     engine = Bundle(
         owner="engine",
-        cpus=cluster.cpus_per_engine,
-        gpus=gpus,
-        memory=_GIB + _GIB // 2 + size.num_parameters * item * 2 + cache,
+        cpus=cluster.cpus_per_engine * rollout.tensor_parallel_size,
+        gpus=gpus * rollout.tensor_parallel_size,
+        # Every worker is a process; together they hold the weights, and once more what is being loaded.
+        memory=_GIB * rollout.tensor_parallel_size + _GIB // 2 + size.num_parameters * item * 2 + cache,
     )
-    # A tensor larger than a bucket has one of its own.
-    bucket = max(int(config.bridge.bucket_size_mb * (1 << 20)), size.largest * item)
-    small = [
-        Bundle(owner="bridge", cpus=_SMALL_CPUS, gpus=0, memory=_GIB // 2 + 3 * bucket),
-        Bundle(owner="reward", cpus=_SMALL_CPUS, gpus=0, memory=_GIB // 2),
-    ]
+    settings = config.bridge
+    held = (
+        size.num_parameters * item
+        if settings.offload_bridge
+        else 2 * int(settings.bucket_size_mb * (1 << 20))
+    )
+    small = [Bundle(owner="reward", cpus=_SMALL_CPUS, gpus=0, memory=_GIB // 2)]
+    if settings.placement == "trainer":
+        ranks[0] = replace(ranks[0], memory=ranks[0].memory + held)
+    else:
+        small.insert(0, Bundle(owner="bridge", cpus=_SMALL_CPUS, gpus=0, memory=_GIB // 2 + held))
     return (*ranks, *[engine] * rollout.num_engines, *small)
 
 

@@ -2,17 +2,15 @@
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import ray
 
 from actors.env import check_one_source
+from actors.megatron_start import start_rank
 from actors.placement import Reservation
 from bridge.transport.gloo import free_port
 from configs.schema import ClusterConfig, LayoutConfig
-
-if TYPE_CHECKING:
-    from actors.megatron_setup import Device
 
 
 def start_ranks(
@@ -43,18 +41,12 @@ def join(
     Raises BasculeError when the ranks do not all come.
     """
     check_one_source()
-    if device == "cpu":
-        from actors.megatron_cpu import install
-
-        install()
-    from actors.megatron_setup import initialize_megatron
-
-    initialize_megatron(
+    start_rank(
         layout,
         rank=rank,
         world_size=layout.world_size,
-        init_method=address,
+        address=address,
         timeout_s=cluster.collective_timeout_s,
         seed=seed,
-        device=cast("Device", device),
+        device=device,
     )

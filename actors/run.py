@@ -3,14 +3,23 @@
 import json
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actors.cluster import connect
+from actors.engine_support import check_engines, check_not_quantized
 from actors.env import check_one_source, resolve_device
 from actors.metrics import Console, RunRecorder, finite_or_none, plot_curve
-from actors.model_source import ModelSource, find_model, model_size
+from actors.model_source import (
+    Contents,
+    ModelSource,
+    find_model,
+    load_tokenizer,
+    model_size,
+    read_contents,
+)
 from actors.placement import Bundle, Reservation, bundles_of, reserve
 from actors.trainer import TrainerGroup
 from algorithms import grpo, sft
@@ -19,10 +28,11 @@ from algorithms.datasets import make_prompts, make_sft_samples, read_rows
 from algorithms.prompts import PromptStream
 from algorithms.rewards.loading import Reward, check_arguments, load_rewards
 from algorithms.roles import Roles
-from bridge.checkpoint import CheckpointReader
-from bridge.families import spec_of
+from bridge.families import read_hf_config, spec_of
 from bridge.fit import check_layout
-from bridge.rules import Family, MegatronSpec
+from bridge.parameters import check_tensors
+from bridge.partial_directory import check_replaceable
+from bridge.rules import MegatronSpec
 from configs.errors import BasculeError, ConfigError
 from configs.load import dump_config
 from configs.schema import RunConfig
@@ -48,15 +58,16 @@ def prepare(config: RunConfig) -> Prepared:
     """Check model, layout, data and rewards. Raises BasculeError about the first thing that is wrong."""
     check_one_source()
     device = resolve_device(config.model.device)
-    source = find_model(config.model.model, config.model.mcore_model, "model.model")
-    model_dir = source.directory
-    family, spec = spec_of(model_dir)
-    if config.algorithm == "grpo":
-        _check_engines_can_follow(family, source)
-    check_layout(spec, config.trainer)
-    size = model_size(source)
     is_grpo = config.algorithm == "grpo"
-    tokenizer = _tokenizer(model_dir)
+    if is_grpo and device == "cpu" and config.bridge.transport == "cupy_nccl":
+        raise ConfigError(
+            "bridge.transport: cupy_nccl moves bytes from GPU to GPU; on a cpu it has to be gloo"
+        )
+    source = find_model(config.model.model, config.model.mcore_model, "model.model")
+    spec, contents = _check_model(source, config, has_engines=is_grpo)
+    reference = _reference(config, source, spec) if is_grpo else None
+    size = model_size(source, contents.tensors)
+    tokenizer = load_tokenizer(source.directory)
     rows = read_rows(config.data, "train", config.seed)
     prompts = make_prompts(rows, tokenizer, config.data) if is_grpo else []
     held_out: list[Prompt] = []
@@ -74,7 +85,7 @@ def prepare(config: RunConfig) -> Prepared:
             check_arguments(reward, columns)
     return Prepared(
         source=source,
-        reference=_reference(config, source, spec) if is_grpo else None,
+        reference=reference,
         spec=spec,
         num_parameters=size.num_parameters,
         device=device,
@@ -86,20 +97,22 @@ def prepare(config: RunConfig) -> Prepared:
     )
 
 
-def _check_engines_can_follow(family: Family, source: ModelSource) -> None:
-    """Raises ConfigError when vLLM cannot take new weights for the model while it runs."""
-    if "gpt_oss" in family.model_types:
-        raise ConfigError(
-            f"{source.directory / 'config.json'}: model_type gpt_oss cannot be trained by grpo: vLLM 0.32 cannot "
-            "load its experts and sinks into a running engine; sft and export work"
-        )
-    if source.mcore is None:
-        with CheckpointReader(source.directory) as reader:
-            if reader.quantized:
-                raise ConfigError(
-                    f"{source.directory}: is quantized, so its engines would be too, and could not take the "
-                    "trainer's weights; make it BF16 first: bascule export --to_mcore true, then --to_hf true"
-                )
+def _check_model(
+    source: ModelSource, config: RunConfig, *, has_engines: bool
+) -> tuple[MegatronSpec, Contents]:
+    """Config, layout, and the headers of the weights, against each other. Raises ConfigError."""
+    family, spec = spec_of(source.directory)
+    hf_config = read_hf_config(source.directory)
+    if has_engines:
+        check_engines(source.directory, hf_config, config.rollout.tensor_parallel_size)
+    check_layout(spec, config.trainer)
+    contents = read_contents(source)
+    if has_engines:
+        check_not_quantized(source, hf_config, contents)
+    if contents.tensors is not None:
+        # Layers for multi-token prediction are not trained.
+        check_tensors(family, spec, contents.tensors, source.directory, mtp=False)
+    return spec, contents
 
 
 def _reference(config: RunConfig, policy: ModelSource, spec: MegatronSpec) -> ModelSource | None:
@@ -110,9 +123,10 @@ def _reference(config: RunConfig, policy: ModelSource, spec: MegatronSpec) -> Mo
         if given:
             raise ConfigError("model.ref_model: is not used while grpo.beta is 0; set beta or leave it out")
         return None
-    source = find_model(model.ref_model, model.mcore_ref_model, "model.ref_model") if given else policy
-    _, ref_spec = spec_of(source.directory)
-    check_layout(ref_spec, config.trainer)
+    if not given:
+        return policy
+    source = find_model(model.ref_model, model.mcore_ref_model, "model.ref_model")
+    ref_spec, _ = _check_model(source, config, has_engines=False)
     if ref_spec.vocab_size != spec.vocab_size:
         raise ConfigError(
             f"model.ref_model: {source.directory} has {ref_spec.vocab_size} tokens in its "
@@ -191,20 +205,29 @@ def _run_grpo(
         reservation.indices("engine"),
         with_weights=source.mcore is None,
     )
-    # Both take a good part of a minute on a small machine; neither needs the other.
-    starting = engines.start()
-    trainers = TrainerGroup(config, reservation, prepared.device, source, prepared.reference, directory)
-    _warn(trainers.warnings, console)
-    engines.ready(starting, config.cluster.start_timeout_s)
-    weights = WeightBridge(config, reservation, trainers, engines)
-    if source.mcore is not None:
-        weights.sync(0)
-    judge = create_reward_group(config, reservation.group, reservation.indices("reward")[0])
-    console.line(f"trainers, engines and bridge are up after {time.monotonic() - start:.1f}s")
-    roles = Roles(trainer=trainers, sampler=engines, judge=judge, weights=weights, recorder=recorder)
-    prompts = PromptStream(prepared.prompts, seed=config.seed, shuffle=config.data.shuffle)
-    with recorder:
-        grpo.train(config, roles, prompts, prepared.held_out)
+    # Watching engines ends before the run leaves Ray, whatever happens.
+    with closing(engines):
+        # Both take a good part of a minute on a small machine; neither needs the other.
+        starting = engines.start()
+        trainers = TrainerGroup(config, reservation, prepared.device, source, prepared.reference, directory)
+        _warn(trainers.warnings, console)
+        engines.ready(starting, config.cluster.start_timeout_s)
+        weights = WeightBridge(
+            config,
+            reservation,
+            trainers,
+            engines,
+            version=0 if source.mcore is None else None,
+            probe=prepared.prompts[0].tokens.tolist(),
+        )
+        if source.mcore is not None:
+            weights.sync(0)
+        judge = create_reward_group(config, reservation.group, reservation.indices("reward")[0])
+        console.line(f"trainers, engines and bridge are up after {time.monotonic() - start:.1f}s")
+        roles = Roles(trainer=trainers, sampler=engines, judge=judge, weights=weights, recorder=recorder)
+        prompts = PromptStream(prepared.prompts, seed=config.seed, shuffle=config.data.shuffle)
+        with recorder:
+            grpo.train(config, roles, prompts, prepared.held_out)
     trainers.save_last()
     judge.close()
 
@@ -217,7 +240,6 @@ def _run_sft(
     directory: Path,
     console: Console,
 ) -> None:
-
     start = time.monotonic()
     trainers = TrainerGroup(config, reservation, prepared.device, prepared.source, None, directory)
     _warn(trainers.warnings, console)
@@ -240,6 +262,23 @@ def _is_own_checkpoint(directory: Path, path: Path) -> bool:
     return path.relative_to(directory).parts[0].startswith("checkpoint")
 
 
+def _holds_a_run(directory: Path) -> bool:
+    """Whether a run has finished a step there. What is left of one that has not is in nobody's way."""
+    if any(directory.glob("checkpoint*")):
+        return True
+    metrics = directory / "metrics.jsonl"
+    return metrics.is_file() and any(map(_is_after_a_step, metrics.read_text().splitlines()))
+
+
+def _is_after_a_step(line: str) -> bool:
+    """Whether a line of metrics.jsonl is not just the evaluation before the first step."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return True
+    return not (isinstance(row, dict) and row.get("step") == 0)
+
+
 def _make_directory(config: RunConfig, prepared: Prepared) -> Path:
     """The run directory, with the resolved config in it. Raises ConfigError when it holds a run already."""
     directory = config.output_dir.resolve()
@@ -249,26 +288,19 @@ def _make_directory(config: RunConfig, prepared: Prepared) -> Path:
         raise ConfigError(
             f"output_dir: {directory} would replace the checkpoint that the run starts from; choose another"
         )
-    if (directory / "metrics.jsonl").exists() and not config.exist_ok:
+    if _holds_a_run(directory) and not config.exist_ok:
         raise ConfigError(
             f"output_dir: {directory} holds a run already; choose another, or set exist_ok to replace it"
         )
+    steps = [step for step in range(1, config.max_steps + 1) if config.saves_at(step)]
+    for name in ("checkpoint", *(f"checkpoint-{step}" for step in steps)):
+        check_replaceable(directory / name)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.yaml").write_text(dump_config(config))
     except OSError as error:
         raise ConfigError(f"output_dir: {directory} cannot be written: {error}") from error
     return directory
-
-
-def _tokenizer(model_dir: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    # The files are foreign, and so is what reads them: a broken one may raise anything.
-    except Exception as error:
-        raise ConfigError(f"{model_dir}: no tokenizer can be loaded: {error!r}") from error
 
 
 def describe(config: RunConfig, prepared: Prepared) -> Sequence[str]:

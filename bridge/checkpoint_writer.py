@@ -3,30 +3,36 @@
 import json
 import os
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bridge.checkpoint import INDEX, SINGLE
+from bridge.checkpoint import INDEX, SINGLE, CheckpointReader
 from bridge.layouts import Region, region_shape, relative, slices
-from bridge.plan import TensorInfo
-from bridge.safetensors_file import CHUNK_BYTES, DTYPES, CheckpointError, as_bytes, boxes, parse_json, runs
-from bridge.side_files import side_files
+from bridge.partial_directory import (
+    NOTES,
+    check_replaceable,
+    make_partial,
+    naming,
+    partial_of,
+    put_in_place,
+)
+from bridge.plan import TensorInfo, main_dtype
+from bridge.safetensors_file import CHUNK_BYTES, DTYPE_NAMES, CheckpointError, as_bytes, boxes, runs
+from bridge.side_files import adapt_config, copy_side_files
+from configs.errors import WriteError
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_KEY_FILE = "contents"
-_JOURNAL = "written."
+_KEY_FILE = f"{NOTES}contents"
+_JOURNAL = f"{NOTES}written."
 
 
 class CheckpointWriter:
-    """Writes a checkpoint from many ranks into `directory`.partial, which `finish` renames into place.
+    """Writes a checkpoint from many ranks into a partial directory, which `finish` renames into place.
 
     One rank calls `prepare`. Then every rank calls `write` with its regions, and `close`. Then one calls `finish`,
-    which replaces `directory`. Needs a file system that the ranks share.
+    which replaces `directory` (see bridge.partial_directory). Needs a file system that the ranks share.
 
     A save with a `key` can be continued when it was interrupted: `commit` notes what a rank is done with,
     `pending` says what is left. Without one `commit` does nothing and everything is always pending.
@@ -48,7 +54,7 @@ class CheckpointWriter:
         """
         # A symlink is followed, so that the rename replaces the directory it leads to.
         self._directory = Path(os.path.realpath(directory))
-        self._partial = self._directory.with_name(self._directory.name + ".partial")
+        self._partial = partial_of(self._directory)
         self._files = _split(tensors, max_shard_size)
         self._headers = {file: _header(infos) for file, infos in self._files.items()}
         self._places = {info.name: (file, info) for file, infos in self._files.items() for info in infos}
@@ -59,24 +65,23 @@ class CheckpointWriter:
     def prepare(self) -> None:
         """Create the files at their final size, headers written, or keep those of a save that is continued.
 
-        Raises CheckpointError, and leaves nothing, when the disk does not hold them.
+        Raises WriteError, and leaves nothing, when the disk does not hold them, and ConfigError when there is
+        something that may not be replaced.
         """
-        if self._can_continue():
+        check_replaceable(self._directory)
+        if self._is_continued():
             return
-        with _naming(self._partial):
-            if self._partial.exists():
-                shutil.rmtree(self._partial)
-            self._partial.mkdir(parents=True)
+        make_partial(self._directory)
         try:
             for file in self._files:
                 self._create(file)
-            with _naming(self._partial):
+            with naming(self._partial):
                 if len(self._files) > 1:
                     self._write_index()
                 if self._key is not None:
                     # Last: without it nothing is continued.
                     (self._partial / _KEY_FILE).write_bytes(self._key.encode())
-        except CheckpointError:
+        except WriteError:
             shutil.rmtree(self._partial, ignore_errors=True)
             raise
 
@@ -92,7 +97,7 @@ class CheckpointWriter:
             if not offsets:
                 continue
             data = as_bytes(part)
-            with _naming(self._partial / file, name):
+            with naming(self._partial / file, name):
                 descriptor = self._descriptor(file)
                 for number, offset in enumerate(offsets):
                     _write_all(descriptor, data[number * size : (number + 1) * size], start + offset)
@@ -106,21 +111,19 @@ class CheckpointWriter:
             return
         self._sync()
         lines = "".join(f"{json.dumps(name)}\n" for name in names)
-        with _naming(self._journal), self._journal.open("a") as stream:
+        with naming(self._journal), self._journal.open("a") as stream:
             stream.write(lines)
 
     @property
-    def can_continue(self) -> bool:
+    def keeps_journal(self) -> bool:
         """Whether commits are noted, so that an interrupted save can be continued."""
         return self._key is not None
 
     def pending(self, names: Iterable[str]) -> list[str]:
         """Those of the tensors that this rank has not committed."""
-        if self._key is None or not self._journal.exists():
+        if self._key is None:
             return list(names)
-        with _naming(self._journal):
-            # A line that was cut off names nothing, and its tensor is written again.
-            written = set(self._journal.read_text().splitlines())
+        written = _committed(self._journal)
         return [name for name in names if json.dumps(name) not in written]
 
     def close(self) -> None:
@@ -130,40 +133,28 @@ class CheckpointWriter:
             os.close(descriptor)
         self._descriptors = {}
 
-    def finish(self, source: Path | None, dequantized: bool = False) -> None:
+    def finish(self, source: Path | None, *, dequantized: bool = False, publish: bool = True) -> None:
         """Add config, tokenizer and templates from `source`, then rename the whole into place.
 
         The config's dtype becomes that of most bytes; of a `dequantized` source it loses the quantization.
+        Without `publish` the renaming is left to the caller, and until then the save can still be continued.
         """
         self.close()
-        with _naming(self._directory):
+        with naming(self._directory):
             if source is not None:
-                for path in side_files(source):
-                    shutil.copyfile(path, self._partial / path.name)
-                _adapt_config(self._partial / "config.json", self._main_dtype(), dequantized)
-            for path in [self._partial / _KEY_FILE, *self._partial.glob(f"{_JOURNAL}*")]:
-                path.unlink(missing_ok=True)
-            for path in [*self._partial.iterdir(), self._partial]:
-                _sync_path(path)
-            self._put_in_place()
+                copy_side_files(source, self._partial)
+                written = main_dtype(info for _, info in self._places.values())
+                adapt_config(self._partial / "config.json", written, quantized=not dequantized)
+            if publish:
+                put_in_place(self._directory)
 
     @property
     def _journal(self) -> Path:
         return self._partial / f"{_JOURNAL}{self._rank}"
 
-    def _put_in_place(self) -> None:
-        old = self._directory.with_name(self._directory.name + ".old")
-        if self._directory.exists():
-            # Only now: after an interruption between the renames `old` is the one whole checkpoint.
-            shutil.rmtree(old, ignore_errors=True)
-            self._directory.rename(old)
-        self._partial.rename(self._directory)
-        _sync_path(self._directory.parent)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def _can_continue(self) -> bool:
-        key = self._partial / _KEY_FILE
-        if self._key is None or not key.is_file() or key.read_bytes() != self._key.encode():
+    def _is_continued(self) -> bool:
+        """Whether the partial directory is that of an interrupted save of the same key, as it was prepared."""
+        if self._key is None or not _has_key(self._partial, self._key):
             return False
         return all(self._is_prepared(file) for file in self._files)
 
@@ -179,7 +170,7 @@ class CheckpointWriter:
 
     def _create(self, file: str) -> None:
         path = self._partial / file
-        with _naming(path), path.open("wb") as stream:
+        with naming(path), path.open("wb") as stream:
             stream.write(self._headers[file][0])
             stream.flush()
             # Reserved now, so that a full disk is an error here and not in the middle of the save.
@@ -198,38 +189,45 @@ class CheckpointWriter:
 
     def _sync(self) -> None:
         for file, descriptor in self._descriptors.items():
-            with _naming(self._partial / file):
+            with naming(self._partial / file):
                 os.fdatasync(descriptor)
 
-    def _main_dtype(self) -> torch.dtype:
-        nbytes: Counter[torch.dtype] = Counter()
-        for _, info in self._places.values():
-            nbytes[info.dtype] += info.nbytes
-        return nbytes.most_common(1)[0][0]
 
+def progress(directory: Path, key: str, ranks: int) -> tuple[int, int] | None:
+    """How many tensors an interrupted save has written, and how many it has in all.
 
-@contextmanager
-def _naming(path: Path, tensor: str | None = None) -> Iterator[None]:
-    """Turns errors of the operating system into CheckpointError that names the file and the tensor."""
+    None when there is none of this `key`. A tensor counts when all the `ranks` have committed it.
+    """
+    partial = partial_of(Path(os.path.realpath(directory)))
+    if not _has_key(partial, key):
+        return None
     try:
-        yield
-    except OSError as error:
-        what = f"{path}: {tensor}" if tensor else str(path)
-        raise CheckpointError(f"{what}: cannot be written: {error}") from error
+        with CheckpointReader(partial) as reader:
+            names = [*reader.tensors, *reader.others]
+    except CheckpointError:
+        # It was interrupted while it was prepared, and is not continued.
+        return None
+    journals = [_committed(partial / f"{_JOURNAL}{rank}") for rank in range(ranks)]
+    return sum(all(json.dumps(name) in journal for journal in journals) for name in names), len(names)
+
+
+def _has_key(partial: Path, key: str) -> bool:
+    file = partial / _KEY_FILE
+    return file.is_file() and file.read_bytes() == key.encode()
+
+
+def _committed(journal: Path) -> set[str]:
+    """The names in a journal, as JSON. A line that was cut off names nothing, so its tensor is written again."""
+    if not journal.exists():
+        return set()
+    with naming(journal):
+        return set(journal.read_text().splitlines())
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
     while data:
         count = os.pwrite(descriptor, data, offset)
         data, offset = data[count:], offset + count
-
-
-def _sync_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _split(tensors: Sequence[TensorInfo], max_shard_size: int) -> dict[str, list[TensorInfo]]:
@@ -257,7 +255,7 @@ def _header(tensors: Sequence[TensorInfo]) -> tuple[bytes, Mapping[str, int]]:
     for info in sorted(tensors, key=lambda info: -info.dtype.itemsize):
         stop = offset + info.nbytes
         entries[info.name] = {
-            "dtype": _NAMES[info.dtype],
+            "dtype": DTYPE_NAMES[info.dtype],
             "shape": info.shape,
             "data_offsets": (offset, stop),
         }
@@ -267,17 +265,3 @@ def _header(tensors: Sequence[TensorInfo]) -> tuple[bytes, Mapping[str, int]]:
     header = len(text).to_bytes(8, "little") + text
     starts = {info.name: len(header) + entries[info.name]["data_offsets"][0] for info in tensors}
     return header, starts
-
-
-def _adapt_config(path: Path, dtype: torch.dtype, dequantized: bool) -> None:
-    """Leaves the file alone, byte for byte, where it already says what is true."""
-    config = parse_json(path, path.read_bytes())
-    before = dict(config)
-    name = str(dtype).removeprefix("torch.")
-    if config.get("dtype", config.get("torch_dtype")) != name:
-        config.pop("torch_dtype", None)
-        config["dtype"] = name
-    if dequantized:
-        config.pop("quantization_config", None)
-    if config != before:
-        path.write_text(json.dumps(config, indent=2) + "\n")

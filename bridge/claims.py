@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bridge.megatron import Claims, MisfitError, claim_pieces, hf_order, place_of_this_rank
+from bridge.megatron import Claims, MisfitError, Place, claim_pieces, hf_order, place_of_this_rank
 from bridge.plan import TORCH_DTYPES, Plan, TensorInfo, build_plan
 from bridge.rules import Family, MegatronSpec, RuleError
 from configs.errors import ConfigError
@@ -20,38 +20,64 @@ def gather_claims(
     spec: MegatronSpec,
     parameters: Mapping[str, torch.Tensor],
     tensors: Mapping[str, TensorInfo] | None,
+    directory: Path,
 ) -> list[Claims]:
-    """What every rank holds, by rank.
+    """What every rank holds, by rank, of the checkpoint in `directory`.
 
     Raises MisfitError on every rank when one has something that does not fit; it then also lists the tensors
     that no rule reads.
     """
-    found: Claims | MisfitError
-    try:
-        found = claim_pieces(family, spec, parameters, tensors, place_of_this_rank())
-    except MisfitError as error:
-        found = error
+    found = try_to_claim(family, spec, parameters, tensors, place_of_this_rank())
     with_mtp = any(name.startswith("mtp.") for name in parameters)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (found, with_mtp))
-    claims = [found for found, _ in everyone]
-    misfits = [found for found in claims if isinstance(found, MisfitError)]
-    if misfits:
-        read = frozenset[str]().union(*(_read(found) for found in claims))
-        unread = _unread(family, spec, tensors or (), read, any(with_mtp for _, with_mtp in everyone))
-        problems = {problem for misfit in misfits for problem in misfit.problems}
-        raise MisfitError((*sorted(problems), *_about(unread)), read)
-    return claims
+    some_mtp = any(with_mtp for _, with_mtp in everyone)
+    return merge_claims(family, spec, tensors, [found for found, _ in everyone], directory, with_mtp=some_mtp)
+
+
+def try_to_claim(
+    family: Family,
+    spec: MegatronSpec,
+    parameters: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, TensorInfo] | None,
+    place: Place,
+) -> Claims | MisfitError:
+    """Like claim_pieces, but what does not fit is returned, so that other ranks can be asked as well."""
+    try:
+        return claim_pieces(family, spec, parameters, tensors, place)
+    except MisfitError as error:
+        return error
+
+
+def merge_claims(
+    family: Family,
+    spec: MegatronSpec,
+    tensors: Mapping[str, TensorInfo] | None,
+    found: Sequence[Claims | MisfitError],
+    directory: Path,
+    *,
+    with_mtp: bool,
+) -> list[Claims]:
+    """The claims that all ranks together `found`. Raises MisfitError like gather_claims when one has none."""
+    problems = {problem for each in found if isinstance(each, MisfitError) for problem in each.problems}
+    if problems:
+        read = frozenset[str]().union(*(_read(each) for each in found))
+        unread = _unread(family, spec, tensors or (), read, with_mtp)
+        raise MisfitError((*sorted(problems), *_about(unread)), read, directory)
+    return [each for each in found if not isinstance(each, MisfitError)]
 
 
 def check_all_read(
-    family: Family, spec: MegatronSpec, tensors: Iterable[str], claims: Sequence[Claims]
+    family: Family, spec: MegatronSpec, tensors: Iterable[str], claims: Sequence[Claims], directory: Path
 ) -> None:
-    """Raises RuleError listing the tensors that no rank holds, that repeat no other, and are not ignored."""
+    """Raises RuleError listing the tensors that no rank holds, that repeat no other, and are not ignored.
+
+    It names the checkpoint's `directory`.
+    """
     read = frozenset[str]().union(*(claim.shapes for claim in claims))
     unread = _unread(family, spec, tensors, read, _with_mtp(claims))
     if unread:
-        raise RuleError("; ".join(_about(unread)))
+        raise RuleError(f"{directory}: {'; '.join(_about(unread))}")
 
 
 def _read(found: Claims | MisfitError) -> Iterable[str]:

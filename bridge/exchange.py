@@ -344,32 +344,3 @@ def _save_split(
         blocks[move.block][slices(relative(move.shared, move.block.region))].copy_(part)
     for block, rows in blocks.items():
         writer.write(block.tensor, block.region, rows)
-
-
-def pack_bucket(
-    parameters: Mapping[str, torch.Tensor], plan: Plan, bucket: Bucket, rank: int
-) -> torch.Tensor | None:
-    """This rank's pieces of a bucket as one message of bytes in host memory; None when it owns none."""
-    dtypes = {info.name: info.dtype for info in bucket.tensors}
-    parts = [
-        as_bytes(piece.get(parameters[piece.parameter]).to(dtypes[piece.tensor]))
-        for piece in plan.owned(bucket, rank)
-    ]
-    return torch.cat(parts).cpu() if parts else None
-
-
-def message_bytes(plan: Plan, bucket: Bucket, rank: int) -> int:
-    """Size of a rank's message."""
-    sizes = {info.name: info.dtype.itemsize for info in bucket.tensors}
-    return sum(region_numel(piece.region) * sizes[piece.tensor] for piece in plan.owned(bucket, rank))
-
-
-def unpack_bucket(
-    message: torch.Tensor, plan: Plan, bucket: Bucket, rank: int, views: Mapping[str, torch.Tensor]
-) -> None:
-    """Put a rank's message into its places among the bucket's tensors."""
-    pieces = plan.owned(bucket, rank)
-    sizes = [region_numel(piece.region) * views[piece.tensor].itemsize for piece in pieces]
-    for piece, part in zip(pieces, message.split(sizes), strict=True):
-        target = views[piece.tensor][slices(piece.region)]
-        target.copy_(from_bytes(part, target.dtype, piece.region))

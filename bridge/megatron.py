@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,15 +40,23 @@ class Place:
 
 
 class MisfitError(RuleError):
-    """Parameters that a checkpoint does not hold. `read` are the HF tensors that belong to any parameter."""
+    """Parameters that the checkpoint in `directory` does not hold.
 
-    def __init__(self, problems: tuple[str, ...], read: frozenset[str]) -> None:
-        super().__init__(problems, read)
+    `read` are the HF tensors that belong to any parameter. Without a directory it is what one rank has found,
+    for the others to add to.
+    """
+
+    def __init__(
+        self, problems: tuple[str, ...], read: frozenset[str], directory: Path | None = None
+    ) -> None:
+        super().__init__(problems, read, directory)
         self.problems = problems
         self.read = read
+        self.directory = directory
 
     def __str__(self) -> str:
-        return "the checkpoint does not fit the model:\n  " + "\n  ".join(self.problems)
+        what = "the checkpoint" if self.directory is None else f"{self.directory}: the checkpoint"
+        return f"{what} does not fit the model of config.json:\n  " + "\n  ".join(self.problems)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ process groups must be set up, and every rank makes the same calls.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -19,18 +19,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from bridge.checkpoint import CheckpointError, CheckpointReader
+from bridge.assembler import Assembler
+from bridge.checkpoint import CheckpointError, CheckpointReader, all_finite
 from bridge.checkpoint_writer import CheckpointWriter
 from bridge.claims import check_all_read, config_dtype, gather_claims, implied_tensors, plan_of
-from bridge.exchange import (
-    Reader,
-    Writer,
-    load_pieces,
-    message_bytes,
-    pack_bucket,
-    save_pieces,
-    unpack_bucket,
-)
+from bridge.exchange import Reader, Writer, load_pieces, save_pieces
 from bridge.families import spec_of
 from bridge.layouts import Region, region_of, region_shape, relative, slices
 from bridge.megatron import (
@@ -40,24 +33,25 @@ from bridge.megatron import (
 )
 from bridge.plan import Bucket, Piece, Plan, TensorInfo
 from bridge.safetensors_file import CHUNK_BYTES, boxes
-from bridge.transport.gloo import bucket_views
-from configs.errors import BasculeError
+from bridge.sender import Sender
+from bridge.sync_plan import cut_plan
+from configs.errors import BasculeError, ConfigError, WriteError
 
 T = TypeVar("T", str, int)
 Model = torch.nn.Module | Sequence[torch.nn.Module]
 BUCKET_BYTES = 64 << 20
 
 
-class WeightError(BasculeError):
+class WeightError(ConfigError):
     """A checkpoint's values contradict themselves. Names the tensors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loaded:
-    """What a load did on this rank. `nan` are names of tensors with values that are not numbers."""
+    """What a load did on this rank. `not_finite` are names of tensors with NaN or infinities, of all ranks."""
 
     bytes_read: int
-    nan: tuple[str, ...]
+    not_finite: tuple[str, ...]
 
 
 class _Guarded:
@@ -83,9 +77,11 @@ class _Guarded:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        if isinstance(error, CheckpointError):
+        # What is carried over is read as well as written.
+        caught = isinstance(error, WriteError | CheckpointError)
+        if caught:
             self.failures.append(str(error))
-        return isinstance(error, CheckpointError)
+        return caught
 
 
 class _GuardedReader:
@@ -166,23 +162,49 @@ class ModelBridge:
         rank = dist.get_rank()
         parameters = named_parameters(_chunks(model))
         with CheckpointReader(self.directory if directory is None else Path(directory)) as reader:
-            claims = gather_claims(self.family, self.spec, parameters, reader.tensors)
-            check_all_read(self.family, self.spec, reader.tensors, claims)
+            claims = gather_claims(self.family, self.spec, parameters, reader.tensors, reader.directory)
+            check_all_read(self.family, self.spec, reader.tensors, claims, reader.directory)
             pieces = claims[rank].pieces
             _zero_padding(parameters, pieces)
             everyone = [piece for claim in claims for piece in claim.pieces]
             guarded = _GuardedReader(reader)
             load_pieces(parameters, guarded, pieces, everyone, rank, self._bucket_bytes)
-            _raise_everywhere(guarded.failures)
-            loaded = Loaded(bytes_read=reader.bytes_read, nan=_everywhere(sorted(reader.nan)))
+            _raise_everywhere(guarded.failures, CheckpointError)
+            loaded = Loaded(bytes_read=reader.bytes_read, not_finite=_everywhere(sorted(reader.not_finite)))
             differ = self._differing_copies(guarded, parameters, pieces)
-            _raise_everywhere(guarded.failures)
+            _raise_everywhere(guarded.failures, CheckpointError)
         if found := _everywhere(differ):
             raise WeightError(
                 f"{reader.directory}: {'; '.join(found)}, although this kind of model shares them; if the model "
                 "has a head of its own, set tie_word_embeddings: false in config.json, else remove the copy"
             )
         return loaded
+
+    def not_finite(self, model: Model) -> tuple[str, ...]:
+        """Names of HF tensors of which the model holds NaN or infinities, the same on every rank."""
+        rank = dist.get_rank()
+        parameters = named_parameters(_chunks(model))
+        wrong = [name for name, parameter in parameters.items() if not all_finite(parameter.detach())]
+        if not _everywhere(wrong):
+            return ()
+        pieces = (piece for pieces in self.plan(model, copies=False).pieces.values() for piece in pieces)
+        found = {
+            piece.tensor
+            for piece in pieces
+            if piece.rank == rank
+            and piece.parameter in wrong
+            and not all_finite(piece.get(parameters[piece.parameter]))
+        }
+        return _everywhere(sorted(found))
+
+    def tensors_in(self, torch_dtype: torch.dtype | None) -> Mapping[str, TensorInfo] | None:
+        """The checkpoint's tensors, if it is known what they are, in the types that `plan` gives them."""
+        if self._tensors is None or torch_dtype is None:
+            return self._tensors
+        return {
+            name: info if self.family.stays_float32(name) else replace(info, dtype=torch_dtype)
+            for name, info in self._tensors.items()
+        }
 
     def plan(self, model: Model, torch_dtype: torch.dtype | None = None, *, copies: bool = True) -> Plan:
         """Who owns what of `model` as HF tensors, in the types of the checkpoint or, where given, `torch_dtype`.
@@ -192,7 +214,7 @@ class ModelBridge:
         that only repeat another, which no engine needs.
         """
         parameters = named_parameters(_chunks(model))
-        claims = gather_claims(self.family, self.spec, parameters, self._tensors)
+        claims = gather_claims(self.family, self.spec, parameters, self._tensors, self.directory)
         tensors = self._tensors
         if tensors is None:
             tensors = implied_tensors(self.family, self.spec, claims, config_dtype(self.directory))
@@ -207,20 +229,24 @@ class ModelBridge:
         """
         plan = self.plan(model, torch_dtype)
         parameters = named_parameters(_chunks(model))
-        rank = dist.get_rank()
+        sync_plan = cut_plan(plan, self._bucket_bytes)
+        sender = Sender(parameters, plan, sync_plan, dist.get_rank())
+        # Tensor by tensor, so that no layer of experts is held together.
+        assembler = Assembler(sync_plan, key=str)
         # NCCL moves only what is on a GPU.
         device = next(iter(parameters.values())).device
-        for bucket in plan.buckets(self._bucket_bytes):
+        for number, bucket in enumerate(sync_plan.buckets):
             buffer = torch.empty(bucket.nbytes, dtype=torch.uint8)
-            views = dict(bucket_views(buffer, bucket))
-            for owner in plan.owners(bucket):
-                message = pack_bucket(parameters, plan, bucket, rank) if owner == rank else None
-                if message is None:
-                    message = torch.empty(message_bytes(plan, bucket, owner), dtype=torch.uint8)
-                message = message.to(device)
-                dist.broadcast(message, owner)
-                unpack_bucket(message.cpu(), plan, bucket, owner, views)
-            yield from views.items()
+            for message in bucket.messages:
+                part = buffer[message.start : message.stop]
+                if message.rank == dist.get_rank():
+                    part.copy_(sender.pack(number))
+                moving = part.to(device)
+                dist.broadcast(moving, message.rank)
+                if moving is not part:
+                    part.copy_(moving)
+            for unit in assembler.add(number, buffer):
+                yield from unit
 
     def save(
         self,
@@ -230,12 +256,15 @@ class ModelBridge:
         torch_dtype: torch.dtype | None = None,
         max_shard_size: int = 5 << 30,
         key: str | None = None,
+        publish: bool = True,
     ) -> None:
         """Write the model with the names, types and side files of this bridge's checkpoint.
 
-        The directory appears whole, by rename, or not at all; one that exists is replaced. An interrupted
-        save is continued by one with the same `key`, which says which values are written (see
-        CheckpointWriter). Needs a file system that all ranks share. Raises CheckpointError naming the file.
+        The directory appears whole, by rename, or not at all; an empty one or a checkpoint is replaced, anything
+        else is a ConfigError. Without `publish` the renaming is left to the caller (put_in_place of
+        bridge.partial_directory). An interrupted save is continued by one with the same `key`, which says which
+        values are written (see CheckpointWriter). Needs a file system that all ranks share. Raises WriteError
+        naming the file.
         """
         plan = self.plan(model, torch_dtype)
         carried = self._carried(plan)
@@ -250,13 +279,13 @@ class ModelBridge:
         with guarded:
             self._carry_over(guarded, carried[rank :: dist.get_world_size()])
             writer.close()
-        _raise_everywhere(guarded.failures)
-        _on_first_rank(lambda: writer.finish(self.directory, self._dequantized))
+        _raise_everywhere(guarded.failures, WriteError)
+        _on_first_rank(lambda: writer.finish(self.directory, dequantized=self._dequantized, publish=publish))
 
     def _unwritten(self, plan: Plan, writer: CheckpointWriter) -> list[Bucket]:
         """The buckets of which some rank has not committed its part, the same on every rank."""
         buckets = plan.buckets(self._bucket_bytes)
-        if not writer.can_continue:
+        if not writer.keeps_journal:
             return list(buckets)
         pending = set(writer.pending(info.name for info in plan.tensors))
         mine = [
@@ -322,11 +351,11 @@ def _everywhere(found: Sequence[T]) -> tuple[T, ...]:
     return tuple(sorted(set[T]().union(*everyone)))
 
 
-def _raise_everywhere(failures: Sequence[str]) -> None:
-    """Raises CheckpointError on every rank when one has a failure."""
+def _raise_everywhere(failures: Sequence[str], kind: type[BasculeError]) -> None:
+    """Raises an error of `kind` on every rank when one has a failure."""
     found = _everywhere(failures)
     if found:
-        raise CheckpointError("; ".join(found))
+        raise kind("; ".join(found))
 
 
 def _on_first_rank(action: Any) -> None:

@@ -1,6 +1,7 @@
 """Who owns which slice of which Hugging Face tensor: computed once per model and layout, then followed."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,6 +26,14 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def main_dtype(tensors: Iterable[TensorInfo]) -> torch.dtype:
+    """The type of most bytes: what config.json calls the checkpoint's."""
+    nbytes: Counter[torch.dtype] = Counter()
+    for info in tensors:
+        nbytes[info.dtype] += info.nbytes
+    return nbytes.most_common(1)[0][0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,11 +69,14 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bucket:
-    """Tensors that travel together; `offsets` are where each begins, in bytes."""
+    """Tensors that are saved together."""
 
     tensors: tuple[TensorInfo, ...]
-    offsets: tuple[int, ...]
-    nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,18 +95,8 @@ class Plan:
                 groups.append([])
                 size = 0
             groups[-1].append(tensor)
-            size = _aligned(size + tensor.nbytes)
-        return tuple(_bucket(group) for group in groups)
-
-    def owned(self, bucket: Bucket, rank: int) -> tuple[Piece, ...]:
-        """The rank's pieces of a bucket, in the order in which it sends them in one message."""
-        return tuple(
-            piece for tensor in bucket.tensors for piece in self.pieces[tensor.name] if piece.rank == rank
-        )
-
-    def owners(self, bucket: Bucket) -> tuple[int, ...]:
-        """Ranks that own a piece of the bucket."""
-        return tuple(sorted({piece.rank for tensor in bucket.tensors for piece in self.pieces[tensor.name]}))
+            size += tensor.nbytes
+        return tuple(Bucket(tensors=tuple(group)) for group in groups)
 
 
 def build_plan(
@@ -153,17 +155,3 @@ def covers(whole: Region, regions: Sequence[Region]) -> bool:
 
 def _without(region: Region, dim: int) -> Region:
     return region[:dim] + region[dim + 1 :]
-
-
-def _aligned(offset: int) -> int:
-    """Offsets are multiples of eight, so that a view of any type is legal."""
-    return -(-offset // 8) * 8
-
-
-def _bucket(tensors: Sequence[TensorInfo]) -> Bucket:
-    offsets: list[int] = []
-    size = 0
-    for tensor in tensors:
-        offsets.append(size)
-        size = _aligned(size + tensor.nbytes)
-    return Bucket(tensors=tuple(tensors), offsets=tuple(offsets), nbytes=size)

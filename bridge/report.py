@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bridge.exchange import is_split_by_columns, message_bytes, transfers
+from bridge.exchange import is_split_by_columns, transfers
 from bridge.layouts import region_numel
 from bridge.megatron import Claims
 from bridge.plan import Plan
+from bridge.sync_plan import SyncPlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,13 +34,13 @@ class PlanReport:
             f"save: {_spread(self.written)} written per rank, replicas share the work",
             f"sync: {_spread(self.sent)} sent per rank to the bridge, "
             f"{self.buckets} buckets to the engines, the largest {_size(self.largest_bucket)}",
-            f"peak buffer: {_size(self.largest_message)} on a rank, three buckets "
-            f"({_size(3 * self.largest_bucket)}) on the bridge",
+            f"peak buffer: {_size(self.largest_message)} on a rank, two buckets "
+            f"({_size(2 * self.largest_bucket)}) on the bridge",
         ]
 
 
-def report_plan(plan: Plan, claims: Sequence[Claims], bucket_bytes: int) -> PlanReport:
-    """Add up the plan of ranks that hold `claims`."""
+def report_plan(plan: Plan, claims: Sequence[Claims], sync_plan: SyncPlan) -> PlanReport:
+    """Add up the plan of ranks that hold `claims`; `sync_plan` is cut from it."""
     infos = {info.name: info for info in plan.tensors}
     ranks = range(len(claims))
     sent, written, swapped = ([0 for _ in ranks] for _ in range(3))
@@ -55,7 +56,6 @@ def report_plan(plan: Plan, claims: Sequence[Claims], bucket_bytes: int) -> Plan
             written[move.block.rank] += move.nbytes
             if move.block.rank != move.piece.rank:
                 swapped[move.piece.rank] += move.nbytes
-    buckets = plan.buckets(bucket_bytes)
     return PlanReport(
         tensors=len(infos),
         nbytes=sum(info.nbytes for info in infos.values()),
@@ -66,11 +66,9 @@ def report_plan(plan: Plan, claims: Sequence[Claims], bucket_bytes: int) -> Plan
         swapped=tuple(swapped),
         written=tuple(written),
         sent=tuple(sent),
-        buckets=len(buckets),
-        largest_bucket=max(bucket.nbytes for bucket in buckets),
-        largest_message=max(
-            message_bytes(plan, bucket, rank) for bucket in buckets for rank in plan.owners(bucket)
-        ),
+        buckets=len(sync_plan.buckets),
+        largest_bucket=sync_plan.largest_bucket,
+        largest_message=max(message.nbytes for bucket in sync_plan.buckets for message in bucket.messages),
     )
 
 

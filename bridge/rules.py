@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bridge.layouts import Layout
-from configs.errors import BasculeError
+from configs.errors import ConfigError
 
 
-class RuleError(BasculeError):
+class RuleError(ConfigError):
     """Parameters without a rule, or tensors that no rule reads. Names them."""
 
 

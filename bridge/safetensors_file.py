@@ -19,7 +19,7 @@ import torch
 
 from bridge.layouts import Region, Shape, region_numel, region_of, region_shape
 from bridge.plan import TensorInfo
-from configs.errors import BasculeError
+from configs.errors import ConfigError
 
 DTYPES = {
     "F64": torch.float64,
@@ -40,6 +40,8 @@ DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""The format's names of types."""
 CHUNK_BYTES = 16 << 20
 """Most bytes that are held beside a tensor while it is read or written with a conversion."""
 
@@ -47,8 +49,8 @@ _MAX_HEADER = 100_000_000  # the safetensors library's own limit
 _MAX_BYTES = 1 << 63
 
 
-class CheckpointError(BasculeError):
-    """A checkpoint cannot be read or written. Names the file and the tensor."""
+class CheckpointError(ConfigError):
+    """A checkpoint cannot be read. Names the file and the tensor."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

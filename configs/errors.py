@@ -6,4 +6,8 @@ class BasculeError(Exception):
 
 
 class ConfigError(BasculeError, ValueError):
-    """Something a user wrote is wrong."""
+    """Something a user wrote, or gave to be read, is wrong: the command's exit code is 2, not 1."""
+
+
+class WriteError(BasculeError):
+    """Output cannot be written. Names the file, and the tensor where there is one."""

@@ -118,6 +118,8 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem}{context}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a YAML text file: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested without end; an alias (*name) stands inside its anchor") from None
     except OSError as error:
         raise ConfigError(f"{path}: this config file cannot be read: {error.strerror}") from None
     if not isinstance(tree, dict | None):
@@ -128,6 +130,9 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 def _walk_lines(node: yaml.Node, prefix: str, path: Path) -> Iterator[tuple[str, int]]:
     children: list[tuple[str, yaml.Node, int]] = []
     if isinstance(node, yaml.MappingNode):
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"{path}:{key.start_mark.line + 1}: a key is a word, not a list or mapping")
         children = [(key.value, value, key.start_mark.line + 1) for key, value in node.value]
     elif isinstance(node, yaml.SequenceNode):
         children = [(str(index), item, item.start_mark.line + 1) for index, item in enumerate(node.value)]

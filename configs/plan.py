@@ -17,18 +17,25 @@ class PlanConfig(Section):
     torch_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights; by default config.json's."""
     bucket_size_mb: float = Field(default=64.0, gt=0)
-    """Tensors travel together in buckets of about this size."""
+    """Tensors travel to engines in buckets of at most this size."""
+    link_gb_s: float = Field(default=25.0, gt=0)
+    """GB per second into the bridge's node and out of it, for the estimate of a sync (25: 200 Gbit/s)."""
+    load_gb_s: float = Field(default=5.0, gt=0)
+    """GB per second that one engine worker hashes and loads, for the same."""
+    engine_tensor_parallel_size: int = Field(default=1, ge=1)
+    """Workers that share the weights of one engine, for the same."""
     layout: LayoutConfig = LayoutConfig()
 
     @model_validator(mode="before")
     @classmethod
     def _world_sets_replicas(cls, values: Any) -> Any:
+        # Nothing has been checked yet: what is no size is left to be refused by name.
         given = cast("dict[str, Any]", values)
-        world = given.get("world")
-        layout: dict[str, Any] = dict(given.get("layout") or {})
-        if isinstance(world, int) and "data_parallel_size" not in layout:
-            tensor = int(layout.get("tensor_model_parallel_size", 1))
-            pipeline = int(layout.get("pipeline_model_parallel_size", 1))
+        layout: dict[str, Any] = dict(given.get("layout", {}))
+        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+        sizes: list[Any] = [given.get("world"), *(layout.get(name, 1) for name in names)]
+        if "data_parallel_size" not in layout and all(isinstance(size, int) and size > 0 for size in sizes):
+            world, tensor, pipeline = sizes
             layout["data_parallel_size"] = max(1, world // (tensor * pipeline))
         return {**given, "layout": layout}
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from configs.sizes import parse_size
+from configs.sizes import ShardSize
 
 
 class Section(BaseModel):
@@ -104,6 +104,8 @@ class RolloutConfig(Section):
 
     num_engines: int = Field(default=1, ge=1)
     """Independent engines; each takes the next prompt when it has room."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Workers of one engine that share its matrices."""
     max_model_len: int | None = Field(default=None, ge=1)
     """Longest prompt plus completion in tokens; by default the model's own limit."""
     max_num_seqs: int = Field(default=64, ge=1)
@@ -197,10 +199,26 @@ class RewardConfig(Section):
 
 
 class BridgeConfig(Section):
-    """The way of weights from trainers to engines."""
+    """The way of weights from trainers to engines; see docs/weight-sync.md."""
 
     bucket_size_mb: float = Field(default=64.0, gt=0)
-    """Tensors travel together in buckets of about this size; a larger tensor is a bucket of its own."""
+    """Tensors travel in buckets of at most this size; a larger tensor is cut."""
+    transport: Literal["gloo", "cupy_nccl"] = "gloo"
+    """From the bridge to engines: through host memory, or from GPU to GPU, which is untested on a GPU."""
+    placement: Literal["dedicated", "trainer"] = "dedicated"
+    """An actor of its own, or inside trainer rank 0, which needs no further device."""
+    offload_bridge: bool = False
+    """Keep the last complete version in the bridge's host memory: a lost engine gets it without the trainers."""
+    pause_mode: Literal["keep", "abort"] = "keep"
+    """What completions in flight do at a sync: go on with the new weights, or start over from what they have."""
+    hash_every: int = Field(default=1, ge=1)
+    """Hash the content of one bucket of this many in each sync, another one each time; 1 proves all of them."""
+    skip_unchanged: bool = False
+    """Send only modules whose content changed; costs the trainers a second pass over their weights."""
+    check_logprobs_every: int = Field(default=0, ge=0)
+    """Every this many syncs compare a prompt's log-probabilities in trainer and engine, and log it; 0 never."""
+    max_recoveries: int = Field(default=3, ge=0)
+    """How often in a run lost engines or a lost bridge are replaced before the run ends with an error."""
 
 
 class CheckpointConfig(Section):
@@ -212,14 +230,8 @@ class CheckpointConfig(Section):
     """Save Hugging Face safetensors; false saves a Megatron torch_dist checkpoint instead."""
     no_save_optim: bool = False
     """Leave optimizer and schedule out of torch_dist checkpoints."""
-    max_shard_size: str = "5GB"
+    max_shard_size: ShardSize = "5GB"
     """Largest safetensors file, as in transformers: 5GB, 200MB, 1GiB."""
-
-    @field_validator("max_shard_size")
-    @classmethod
-    def _is_a_size(cls, text: str) -> str:
-        parse_size(text)
-        return text
 
 
 class ClusterConfig(Section):
@@ -300,6 +312,10 @@ class RunConfig(Section):
                     f"rollout.max_num_seqs: {self.rollout.max_num_seqs} is less than "
                     f"grpo.num_generations {grpo.num_generations}; one group must fit into an engine"
                 )
+        if self.bridge.hash_every > 1 and (self.bridge.offload_bridge or self.bridge.skip_unchanged):
+            raise ValueError(
+                "bridge.hash_every: must be 1 with offload_bridge or skip_unchanged, which rely on every hash"
+            )
         if trainer.sequence_parallel and trainer.tensor_model_parallel_size == 1:
             raise ValueError(
                 "trainer.sequence_parallel: needs trainer.tensor_model_parallel_size of 2 or more"

@@ -1,6 +1,9 @@
 """Sizes as a user writes them."""
 
 import re
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 _UNITS = {"": 1, "B": 1} | {
     name: base**power
@@ -21,3 +24,12 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise ValueError(f"{text!r} is no size above zero")
     return size
+
+
+def _checked(text: str) -> str:
+    parse_size(text)
+    return text
+
+
+ShardSize = Annotated[str, AfterValidator(_checked)]
+"""The largest file of a checkpoint as text that parse_size takes, so that a dump says what the user wrote."""

@@ -18,7 +18,7 @@ FOREIGN = ("torch", "megatron", "vllm", "ray", "transformers")
 # The only homes of these libraries.
 HOMES = {
     "megatron": re.compile(r"(actors|bridge)/megatron\w*\.py"),
-    "vllm": re.compile(r"actors/engine\.py|bridge/transport/\w+\.py"),
+    "vllm": re.compile(r"actors/engine\w*\.py|bridge/transport/\w+\.py"),
     "ray": re.compile(r"actors/\w+\.py"),
 }
 

@@ -1,7 +1,8 @@
 """One table per model family, and the lookup by model_type."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,17 @@ FAMILIES = (
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
-    """The family of a config.json. Raises ConfigError with the list of supported types."""
+    """The family of a config.json. Raises ConfigError with the list of supported types, but without the path."""
     model_type = hf_config.get("model_type")
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
     supported = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
-    raise ConfigError(f"config.json: model_type {model_type!r} is not supported; supported are: {supported}")
+    raise ConfigError(f"model_type {model_type!r} is not supported; supported are: {supported}")
 
 
 def read_hf_config(directory: Path) -> dict[str, Any]:
-    """config.json with the defaults of its model type filled in. Raises ConfigError."""
+    """config.json with the defaults of its model type filled in. Raises ConfigError naming the file."""
     from transformers import AutoConfig
 
     path = directory / "config.json"
@@ -54,7 +55,8 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: not a JSON object")
-    family_of(raw)
+    with _naming(path):
+        family_of(raw)
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True).to_dict()
     # transformers checks each field with code of its own; any of it may raise anything.
@@ -66,9 +68,18 @@ def spec_of(directory: Path) -> tuple[Family, MegatronSpec]:
     """Family and Megatron's view of a model directory. Raises ConfigError naming the file and the key."""
     config = read_hf_config(directory)
     family = family_of(config)
-    try:
+    with _naming(directory / "config.json"):
         return family, family.megatron(config)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Families know keys and values; this puts the file before what they say about them."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     except KeyError as error:
-        raise ConfigError(f"{directory / 'config.json'}: {error} is missing") from error
+        raise ConfigError(f"{path}: {error} is missing") from error
     except (TypeError, ZeroDivisionError) as error:
-        raise ConfigError(f"{directory / 'config.json'}: sizes that make no model: {error}") from error
+        raise ConfigError(f"{path}: sizes that make no model: {error}") from error

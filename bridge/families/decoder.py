@@ -115,4 +115,4 @@ def refuse(hf: Mapping[str, Any], key: str, supported: tuple[Any, ...], default:
     value = hf.get(key, default)
     if value not in supported:
         wanted = " or ".join(repr(choice) for choice in supported)
-        raise ConfigError(f"config.json: {key} is {value!r}; supported here: {wanted}")
+        raise ConfigError(f"{key} is {value!r}; supported here: {wanted}")

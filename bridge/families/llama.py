@@ -12,9 +12,7 @@ def _llama(hf: Mapping[str, Any]) -> MegatronSpec:
     attention, mlp = hf.get("attention_bias", False), hf.get("mlp_bias", False)
     if attention != mlp:
         # Megatron has one switch for the biases of linear_proj, linear_fc1 and linear_fc2.
-        raise ConfigError(
-            f"config.json: attention_bias {attention} with mlp_bias {mlp} is not supported; they must agree"
-        )
+        raise ConfigError(f"attention_bias {attention} with mlp_bias {mlp} is not supported; they must agree")
     return decoder_spec(hf, add_bias_linear=attention, add_qkv_bias=attention)
 
 

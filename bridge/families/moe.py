@@ -81,7 +81,7 @@ def mtp_layers(hf: Mapping[str, Any]) -> int:
 def experts(count: int, size: int, *, top_k: int, moe_layers: Iterable[bool]) -> dict[str, Any]:
     """TransformerConfig's arguments for `count` experts of feed-forward size `size`."""
     if not 1 <= top_k <= count:
-        raise ConfigError(f"config.json: num_experts_per_tok is {top_k}, the model has {count} experts")
+        raise ConfigError(f"num_experts_per_tok is {top_k}, the model has {count} experts")
     return {
         "num_moe_experts": count,
         "moe_ffn_hidden_size": size,
@@ -111,7 +111,7 @@ def softmax_router(*, top_k: int, normalized: bool) -> dict[str, Any]:
     whose weight would always be one: Megatron refuses it.
     """
     if normalized and top_k == 1:
-        raise ConfigError("config.json: norm_topk_prob with num_experts_per_tok 1 is not supported")
+        raise ConfigError("norm_topk_prob with num_experts_per_tok 1 is not supported")
     return {"moe_router_score_function": "softmax", "moe_router_pre_softmax": not normalized}
 
 
@@ -123,7 +123,7 @@ def sigmoid_router(hf: Mapping[str, Any]) -> dict[str, Any]:
     top_k, normalized = hf["num_experts_per_tok"], hf.get("norm_topk_prob", True)
     if normalized != (top_k > 1):
         raise ConfigError(
-            f"config.json: norm_topk_prob {normalized} with num_experts_per_tok {top_k} is not supported; "
+            f"norm_topk_prob {normalized} with num_experts_per_tok {top_k} is not supported; "
             "Megatron normalizes exactly when there are several experts"
         )
     return {
@@ -145,12 +145,12 @@ def expert_groups(hf: Mapping[str, Any], *, scored_by: int) -> dict[str, Any]:
         return {}
     if count % groups or not 0 < chosen < groups or chosen * (count // groups) < top_k:
         raise ConfigError(
-            f"config.json: {count} experts, n_group {groups}, topk_group {chosen} and num_experts_per_tok "
+            f"{count} experts, n_group {groups}, topk_group {chosen} and num_experts_per_tok "
             f"{top_k} make no router"
         )
     if top_k // chosen != scored_by:
         raise ConfigError(
-            f"config.json: num_experts_per_tok {top_k} with topk_group {chosen} is not supported: Megatron scores "
+            f"num_experts_per_tok {top_k} with topk_group {chosen} is not supported: Megatron scores "
             f"a group by its {top_k // chosen} best experts, transformers by {scored_by}"
         )
     return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}

@@ -33,9 +33,7 @@ def rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
             "correction_range_round_to_int": rope.get("truncate", True),
         }
         return {**fields, "yarn": yarn}
-    raise ConfigError(
-        f"config.json: rotary embedding {rope} is not supported; default, yarn and llama3 ({fixed}) are"
-    )
+    raise ConfigError(f"rotary embedding {rope} is not supported; default, yarn and llama3 ({fixed}) are")
 
 
 def latent_rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,12 +42,10 @@ def latent_rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     if rope["rope_type"] == "default":
         return {"rope_type": "rope", "rotary_base": rope["rope_theta"]}
     if rope["rope_type"] != "yarn" or not rope.get("truncate", True):
-        raise ConfigError(
-            f"config.json: rotary embedding {rope} is not supported; default and yarn (truncate) are"
-        )
+        raise ConfigError(f"rotary embedding {rope} is not supported; default and yarn (truncate) are")
     everywhere = rope.get("mscale_all_dim")
     if everywhere and not rope.get("mscale"):
-        raise ConfigError("config.json: a rotary embedding with mscale_all_dim needs mscale as well")
+        raise ConfigError("a rotary embedding with mscale_all_dim needs mscale as well")
     # Without both, transformers scales by the factor alone; in Megatron's formula that is (1, 0).
     mscale, everywhere = (float(rope["mscale"]), float(everywhere)) if everywhere else (1.0, 0.0)
     return {
@@ -65,7 +61,7 @@ def _yarn(rope: Mapping[str, Any]) -> dict[str, Any]:
     """What YaRN has in both kinds of attention, with transformers' defaults."""
     if rope.get("attention_factor") is not None:
         raise ConfigError(
-            f"config.json: attention_factor {rope['attention_factor']} of the rotary embedding is not "
+            f"attention_factor {rope['attention_factor']} of the rotary embedding is not "
             "supported; Megatron derives it from factor, mscale and mscale_all_dim"
         )
     return {

@@ -10,19 +10,20 @@ OWNED_ENGINE = "BASCULE_OWNED_ENGINE"
 
 
 def register() -> None:
-    """Make the weight-transfer backend `gloo` known to vLLM. May be called again.
+    """Make the weight-transfer backends `gloo` and `cupy_nccl` known to vLLM. May be called again.
 
-    In processes of our own engines (actors and `bascule infer`) it also ties each child to the life of its parent
-    and, on CPU, repairs the rotary embedding. Raises BasculeError there when vLLM is another version than the
-    repair was written for. An engine that someone else starts in this environment is left as it is.
+    In processes of our own engines (actors and `bascule infer`) it also ties each child to the life of its parent,
+    and repairs calls of several workers and, on CPU, the rotary embedding. Raises BasculeError there when vLLM is
+    another version than the repairs were written for. An engine that someone else starts in this environment is
+    left as it is.
     """
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    # A name that is there already is the only ValueError.
-    with contextlib.suppress(ValueError):
-        WeightTransferEngineFactory.register_engine(
-            "gloo", "bridge.transport.gloo_engine", "GlooWeightTransferEngine"
-        )
+    for name, engine in (("gloo", "GlooWeightTransferEngine"), ("cupy_nccl", "NcclWeightTransferEngine")):
+        module = f"bridge.transport.{name.removeprefix('cupy_')}_engine"
+        # A name that is there already is the only ValueError.
+        with contextlib.suppress(ValueError):
+            WeightTransferEngineFactory.register_engine(name, module, engine)
     if os.environ.get(OWNED_ENGINE) == "1":
         exit_with_parent()
         _repair()
@@ -31,10 +32,11 @@ def register() -> None:
 def _repair() -> None:
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
-        from bridge.transport.vllm_fixes import require_written_for, rotate_heads_flat
+    from bridge.transport.vllm_fixes import hear_all_workers, require_written_for, rotate_heads_flat
 
-        require_written_for()
+    require_written_for()
+    hear_all_workers()
+    if current_platform.is_cpu():
         rotate_heads_flat()
 
 

@@ -1,8 +1,8 @@
-"""Repairs of vLLM's layerwise weight reload and of its rotary embedding on CPU.
+"""Repairs of vLLM's layerwise weight reload, of its rotary embedding on CPU, and of its calls of several workers.
 
-Those of the reload are called by name, on one model, from our transfer engine; that of the rotary embedding is
-installed once in each engine process, before it builds a model. Written for vLLM 0.32; the names they use are
-private to it, so any other version is refused.
+Those of the reload are called by name, on one model, from our transfer engine; the others are installed once in
+each engine process, before it builds a model. Written for vLLM 0.32; the names they use are private to it, so
+any other version is refused.
 """
 
 import functools
@@ -23,6 +23,7 @@ from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
 from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 from vllm.model_executor.model_loader.reload.utils import get_layer_tensors, get_tensor_load_numel
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
 
 from configs.errors import BasculeError
 
@@ -36,8 +37,19 @@ def require_written_for() -> None:
         )
 
 
-def unloaded_layers(model: torch.nn.Module) -> list[str]:
+def waiting_layers(model: torch.nn.Module) -> dict[str, int]:
+    """Layers of an open update that are not complete, and how many elements they have got so far."""
+    return {
+        name: info.load_numel
+        for name, layer in model.named_modules()
+        if (info := layerwise.get_layerwise_info(layer)).can_load()
+    }
+
+
+def unloaded_layers(model: torch.nn.Module, expected: set[str] | None = None) -> list[str]:
     """Layers of an open update that miss weights, as `name (loaded of total elements)`.
+
+    With `expected`, other layers may have got nothing at all: they keep what they have.
 
     Symptom: finishing an update with q_proj but no k_proj leaves uninitialised memory in the layer, and a
     layer without any weights keeps its old ones; vLLM reports neither.
@@ -59,7 +71,8 @@ def unloaded_layers(model: torch.nn.Module) -> list[str]:
     return [
         f"{name} ({info.load_numel} of {info.load_numel_total})"
         for name, info in missing
-        if info.load_numel or not _storages(_kernel_parameters(info)) <= fresh
+        if info.load_numel
+        or ((expected is None or name in expected) and not _storages(_kernel_parameters(info)) <= fresh)
     ]
 
 
@@ -121,6 +134,62 @@ def rotate_heads_flat() -> None:
     To be dropped when RotaryEmbedding.forward_cpu equals forward_native for a query of three dimensions.
     """
     RotaryEmbedding.forward_cpu = _forward_flat
+
+
+def hear_all_workers() -> None:
+    """Let a call of all workers take every worker's answer, and name all that failed. May be repeated.
+
+    Symptom: when the first worker of several fails in a call (a weight update, say), the others' answers stay in
+    their queues, and each later call takes those of the call before: good calls raise old errors, and calls return
+    while workers are still busy with them.
+    To be dropped when MultiprocExecutor.collective_rpc reads all queues before it raises.
+    """
+    # Any: ours has fewer names for what it hands on.
+    executor: Any = MultiprocExecutor
+    executor.collective_rpc = _collective_rpc
+
+
+class _Answers:
+    """A worker's queue of answers in which a failure looks like a success with a failure inside."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+
+    def dequeue(self, timeout: float | None = None) -> tuple[Any, Any]:
+        """The next answer."""
+        return WorkerProc.ResponseStatus.SUCCESS, self._queue.dequeue(timeout=timeout)
+
+    def shutdown(self) -> None:
+        """Let the one who waits for an answer fail."""
+        self._queue.shutdown()
+
+
+_call_workers = MultiprocExecutor.collective_rpc
+
+
+def _collective_rpc(
+    self: MultiprocExecutor,
+    method: Any,
+    timeout: float | None = None,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    **others: Any,
+) -> Any:
+    # One that asks a single worker, or does not wait, is right as it is.
+    if others:
+        return _call_workers(self, method, timeout, args, kwargs, **others)
+    queues = self.response_mqs
+    self.response_mqs = hearing = [_Answers(queue) for queue in queues]
+    try:
+        answers = _call_workers(self, method, timeout, args, kwargs)
+    finally:
+        # A shutdown meanwhile has taken them away.
+        if self.response_mqs is hearing:
+            self.response_mqs = queues
+    failures = [str(result) for status, result in answers if status != WorkerProc.ResponseStatus.SUCCESS]
+    if failures:
+        raise RuntimeError("; ".join(dict.fromkeys(failures)))
+    return [result for _, result in answers]
 
 
 def _forward_flat(

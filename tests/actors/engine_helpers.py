@@ -2,16 +2,26 @@
 
 import tempfile
 import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from actors import deadline
+from actors.bridge_host import Meeting
 from algorithms.data import Group, Prompt, SamplingSettings, int_row
-from bridge.plan import Bucket, Plan, TensorInfo
-from bridge.transport.gloo import GlooGroup, TransportError, bucket_views, connect, free_port
+from bridge import sender as weights
+from bridge.layouts import region_of
+from bridge.plan import Piece, Plan, TensorInfo
+from bridge.sync_plan import cut_plan, to_wire
+from bridge.sync_protocol import SyncOrder, WorkerReport, decode_report, empty_report, encode_header
+from bridge.transport.base import TransportError
+from bridge.transport.gloo import free_port
 from configs.schema import RunConfig
 
 EOS = 2
@@ -96,49 +106,83 @@ def hf_tensors(model: Any) -> dict[str, torch.Tensor]:
     return dict(sorted(tensors.items(), key=lambda item: layer(item[0])))
 
 
-def buckets_of(tensors: dict[str, torch.Tensor], bucket_bytes: int) -> tuple[Bucket, ...]:
-    """The tensors in buckets."""
-    infos = tuple(
-        TensorInfo(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape))
-        for name, tensor in tensors.items()
-    )
-    return Plan(tensors=infos, pieces={}).buckets(bucket_bytes)
+def plan_of(tensors: dict[str, torch.Tensor], ranks: int = 1) -> Plan:
+    """Trainer ranks that own the rows of every tensor in equal parts, the parameters named like the tensors."""
+    infos: list[TensorInfo] = []
+    pieces: dict[str, tuple[Piece, ...]] = {}
+    for name, tensor in tensors.items():
+        shape = tuple(tensor.shape)
+        infos.append(TensorInfo(name=name, dtype=tensor.dtype, shape=shape))
+        cuts = [shape[0] * rank // ranks for rank in range(ranks + 1)]
+        regions = [((start, stop), *region_of(shape[1:])) for start, stop in pairwise(cuts) if start < stop]
+        pieces[name] = tuple(
+            Piece(tensor=name, region=region, rank=rank, parameter=name, local_region=region)
+            for rank, region in enumerate(regions)
+        )
+    return Plan(tensors=tuple(infos), pieces=pieces)
 
 
 class Sender:
-    """Rank 0 of the weights' group, in a thread of the test: sends every bucket, or only the first few."""
+    """Bridge and trainer in a thread of the test: sends every bucket, or only the first few.
 
-    def __init__(self, engines: Any, tensors: dict[str, torch.Tensor], bucket_bytes: int = 40_000) -> None:
-        self.buckets = buckets_of(tensors, bucket_bytes)
+    `spoil` may change a bucket's bytes on the way.
+    """
+
+    def __init__(
+        self,
+        engines: Any,
+        tensors: dict[str, torch.Tensor],
+        bucket_bytes: int = 40_000,
+        ranks: int = 1,
+        spoil: Callable[[int, torch.Tensor], None] = lambda number, buffer: None,
+        partial: bool = False,
+    ) -> None:
+        plan = plan_of(tensors, ranks)
+        self.plan = cut_plan(plan, bucket_bytes)
         self._engines = engines
-        self._tensors = tensors
-        port = free_port("127.0.0.1")
-        refs = engines.init_weights("127.0.0.1", port, 60, self.buckets)
-        self.group: GlooGroup = connect("127.0.0.1", port, 0, len(engines) + 1, 60)
-        engines.wait(refs, "connect")
+        self._members = engines.pool.members("up")
+        self._senders = [weights.Sender(tensors, plan, self.plan, rank) for rank in range(ranks)]
+        self._spoil = spoil
+        peers = ("bridge", *engines.worker_names(self._members))
+        meeting = Meeting(host="127.0.0.1", port=free_port("127.0.0.1"), peers=peers, timeout_s=60)
+        refs = engines.meet(self._members, meeting, to_wire(self.plan), partial)
+        self.group = meeting.join(0)
+        engines.wait(self._members, refs, "connect")
+        self.reports: list[WorkerReport] = []
 
-    def push(self, version: int, stop_before: int | None = None) -> None:
-        """Send one version while the engines receive it. With `stop_before`, die before that bucket."""
-        refs = self._engines.receive(version)
-        thread = threading.Thread(target=self._send, args=(stop_before,))
+    def push(
+        self, version: int, stop_before: int | None = None, units: Sequence[str] | None = None
+    ) -> list[float]:
+        """Send one version while the engines receive it; their seconds. Dies before bucket `stop_before`."""
+        refs = self._engines.receive(self._members, version)
+        thread = threading.Thread(target=self._send, args=(version, stop_before, units))
         thread.start()
         try:
-            self._engines.wait(refs, "receive")
+            return self._engines.wait(self._members, refs, "receive")
         finally:
             thread.join()
 
-    def _send(self, stop_before: int | None) -> None:
-        for number, bucket in enumerate(self.buckets):
-            if number == stop_before:
-                self.group.close()
-                return
-            buffer = torch.empty(bucket.nbytes, dtype=torch.uint8)
-            for name, view in bucket_views(buffer, bucket):
-                view.copy_(self._tensors[name])
-            try:
+    def _send(self, version: int, stop_before: int | None, units: Sequence[str] | None) -> None:
+        units = self.plan.units if units is None else units
+        self.reports = []
+        try:
+            self.group.broadcast(encode_header(SyncOrder(version=version), self.plan.units, units), 0)
+            for number in self.plan.buckets_of(units):
+                if number == stop_before:
+                    self.group.close()
+                    return
+                bucket = self.plan.buckets[number]
+                buffer = torch.empty(bucket.nbytes, dtype=torch.uint8)
+                for message in bucket.messages:
+                    buffer[message.start : message.stop] = self._senders[message.rank].pack(number)
+                self._spoil(number, buffer)
                 self.group.broadcast(buffer, 0)
-            except TransportError:
-                return
+            for worker in range(len(self._members) * self._engines.workers):
+                report = empty_report()
+                self.group.recv(report, worker + 1)
+                self.reports.append(decode_report(report))
+        except TransportError:
+            self.group.close()
 
 
 def prompt(index: int, length: int = 5) -> Prompt:
@@ -163,6 +207,14 @@ def reference_logprobs(model: Any, group: Group, index: int, temperature: float 
     return torch.log_softmax(logits, dim=-1).gather(1, tokens[start:, None])[:, 0].numpy()
 
 
+def reference_score(model: Any, tokens: Any) -> np.ndarray:
+    """What transformers says about each token but the first."""
+    row = torch.tensor([[int(token) for token in tokens]])
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(row).logits[0, :-1].float(), dim=-1)
+    return logprobs.gather(1, row[0, 1:, None])[:, 0].numpy()
+
+
 def reference_greedy(model: Any, tokens: Any, length: int) -> list[int]:
     """The likeliest continuation, token by token, up to the end-of-sequence token."""
     row = [int(token) for token in tokens]
@@ -181,6 +233,26 @@ class Rig:
     engines: Any
     model: Any
     config: RunConfig
+
+
+def ask(rig: Rig, method: str, *arguments: Any) -> Any:
+    """What the rig's engine answers, past the group and its pool."""
+    (member,) = rig.engines.members
+    ref = getattr(member.actor, method).remote(*arguments)
+    return deadline.get(ref, member.name, timeout_s=60, phase=method)
+
+
+def gone(pid: int, seconds: float = 10) -> bool:
+    """Whether the process has ended, or ends in time. A zombie has."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def run_config(path: Path) -> RunConfig:

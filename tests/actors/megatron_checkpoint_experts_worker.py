@@ -5,6 +5,7 @@ python megatron_checkpoint_experts_worker.py RANK WORLD_SIZE DIRECTORY
 
 import copy
 import json
+import resource
 import sys
 from functools import cache, partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 # Installs what Megatron needs on CPU, and so comes before everything that imports megatron.
 from megatron_families_worker import loader, make_run, mine, shard, worst_named  # isort: skip
 from megatron_families import CLIP_GRAD, CONFIGS, build, cloned, megatron_tensors, optimizer_of, reference
-from megatron_worker import split_rows
+from megatron_worker import join, split_rows
 from megatron_worker_reference import TEMPERATURE, num_loss_tokens, reference_step, token_loss
 
 from actors.checkpoint_files import LATEST
@@ -27,14 +28,22 @@ from actors.megatron_checkpoint import (
     save_torch_dist,
 )
 from actors.megatron_model import FrozenModel, MegatronModel
-from actors.megatron_setup import initialize_megatron, shutdown_megatron
+from actors.megatron_setup import shutdown_megatron
 from actors.model_source import ModelSource, tensors_of, write_beside
 from bridge.families import family_of
+from bridge.megatron import named_parameters
 from bridge.model_bridge import ModelBridge
+from configs.errors import WriteError
 from tests.bridge import family_models
 
 FAMILIES = ("qwen2_moe", "deepseek_v3")
 WITH_MTP = ("deepseek_v3", "glm4_moe")
+NOT_FINITE = {
+    "decoder.layers.1.mlp.router.expert_bias": torch.nan,
+    "decoder.layers.0.mlp.linear_fc1.weight": -torch.inf,
+}
+# Bytes; a rank's file of weights has more.
+FILE_LIMIT = 30_000
 SAVES = {2: ("ep2-split", "pp2-vpp2"), 1: ()}
 LOADS = {2: ("tp2-sp-ep2", "ep2-split", "pp2-vpp2"), 1: ("one",)}
 
@@ -126,7 +135,7 @@ def save_mtp(layout: str, family: str, place: Path) -> dict[str, Any]:
 
     def beside() -> None:
         visible.append((whole / LATEST).exists())
-        write_beside(whole, bridge, mtp=True)
+        write_beside(whole, bridge, torch_dtype=None, mtp=True)
 
     save_torch_dist(exported.chunks, whole, iteration=1, write_beside=beside)
     trained = frozen(layout, bridge, fill_wrong, mtp=False)
@@ -140,9 +149,15 @@ def save_mtp(layout: str, family: str, place: Path) -> dict[str, Any]:
         trained.chunks,
         without,
         iteration=1,
-        write_beside=partial(write_beside, without, bridge, mtp=False),
+        write_beside=partial(write_beside, without, bridge, torch_dtype=None, mtp=False),
     )
-    return {"visible": visible, "said": said, "no_files": unwritable_beside(trained, place / "fails")}
+    return {
+        "visible": visible,
+        "said": said,
+        "no_files": unwritable_beside(trained, place / "fails"),
+        "full_disk": full_disk(trained, place / "full"),
+        "not_finite": not_finite(trained, bridge, place / "not_finite"),
+    }
 
 
 def unwritable_beside(model: FrozenModel, place: Path) -> tuple[str, list[str]]:
@@ -154,10 +169,39 @@ def unwritable_beside(model: FrozenModel, place: Path) -> tuple[str, list[str]]:
 
     try:
         save_torch_dist(model.chunks, place, iteration=1, write_beside=fail)
-    except MegatronCheckpointError as error:
+    except WriteError as error:
         said = str(error)
     torch.distributed.barrier()
     return said, sorted(path.name for path in place.iterdir())
+
+
+def full_disk(model: FrozenModel, place: Path) -> tuple[str, list[str]]:
+    """The same when the system refuses to write in the middle of a file of weights."""
+    said = ""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, limits[1]))
+    try:
+        save_torch_dist(model.chunks, place, iteration=1)
+    except WriteError as error:
+        said = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    torch.distributed.barrier()
+    return said, sorted(path.name for path in place.iterdir())
+
+
+def not_finite(model: FrozenModel, bridge: ModelBridge, place: Path) -> list[str]:
+    """Names of the tensors with NaN or infinities, loaded from where they were saved."""
+    with torch.no_grad():
+        for name, parameter in named_parameters(model.chunks).items():
+            if name in NOT_FINITE:
+                parameter.view(-1)[0] = NOT_FINITE[name]
+    save_torch_dist(model.chunks, place, iteration=1)
+    for parameter in named_parameters(model.chunks).values():
+        parameter.detach().zero_()
+    before = bridge.not_finite(model.chunks)
+    load_torch_dist(model.chunks, place)
+    return [*before, *bridge.not_finite(model.chunks)]
 
 
 def load_mtp(layout: str, place: Path, name: str) -> dict[str, Any]:
@@ -178,30 +222,18 @@ def load_mtp(layout: str, place: Path, name: str) -> dict[str, Any]:
     }
 
 
-def join(layout: str, rank: int, world_size: int, meeting: Path) -> None:
-    initialize_megatron(
-        make_run(layout, True).trainer,
-        rank=rank,
-        world_size=world_size,
-        init_method=f"file://{meeting}",
-        timeout_s=60,
-        seed=1,
-        device="cpu",
-    )
-
-
 def main(rank: int, world_size: int, directory: Path) -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     for layout in SAVES[world_size]:
-        join(layout, rank, world_size, directory / f"save-{layout}")
+        join(make_run(layout, True).trainer, rank, world_size, directory / f"save-{layout}")
         for family in FAMILIES:
             save(layout, family, directory / family / layout)
         for family in WITH_MTP if layout == "ep2-split" else ():
             results[f"mtp/{family}"] = save_mtp(layout, family, directory / "mtp" / family)
         shutdown_megatron()
     for layout in LOADS[world_size]:
-        join(layout, rank, world_size, directory / f"load-{layout}")
+        join(make_run(layout, True).trainer, rank, world_size, directory / f"load-{layout}")
         for family in FAMILIES:
             for saved in SAVES[2]:
                 results[f"{family}/{saved}/{layout}"] = load(layout, family, directory / family / saved)

@@ -19,7 +19,7 @@ from actors import megatron_cpu
 megatron_cpu.install()
 
 from megatron.core import dist_checkpointing  # noqa: E402
-from megatron_worker import loader, make_run, mine, split_rows, weights_of, worst  # noqa: E402
+from megatron_worker import join, loader, make_run, mine, split_rows, weights_of, worst  # noqa: E402
 from megatron_worker_reference import (  # noqa: E402
     TEMPERATURE,
     build_reference,
@@ -33,7 +33,7 @@ from megatron_worker_reference import (  # noqa: E402
 
 from actors.megatron_checkpoint import load_torch_dist, save_torch_dist  # noqa: E402
 from actors.megatron_model import FrozenModel, MegatronModel  # noqa: E402
-from actors.megatron_setup import initialize_megatron, shutdown_megatron  # noqa: E402
+from actors.megatron_setup import shutdown_megatron  # noqa: E402
 from bridge.families import family_of  # noqa: E402
 from configs.errors import BasculeError  # noqa: E402
 
@@ -224,31 +224,19 @@ def cases_of_one(root: Path) -> dict[str, Any]:
     return results
 
 
-def join(layout: str, rank: int, world_size: int, meeting: Path) -> None:
-    initialize_megatron(
-        make_run(layout, True).trainer,
-        rank=rank,
-        world_size=world_size,
-        init_method=f"file://{meeting}",
-        timeout_s=60,
-        seed=1,
-        device="cpu",
-    )
-
-
 def main(rank: int, world_size: int, directory: Path) -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     if world_size == 2:
         for layout in TWO:
-            join(layout, rank, world_size, directory / f"save-{layout}")
+            join(make_run(layout, True).trainer, rank, world_size, directory / f"save-{layout}")
             for family in FAMILIES:
                 save(layout, family, directory / family / layout)
             if layout == "pp2":
                 save(layout, "llama", directory / "whole" / layout, distributed=False)
             shutdown_megatron()
     for layout in TWO if world_size == 2 else ("one",):
-        join(layout, rank, world_size, directory / f"load-{layout}")
+        join(make_run(layout, True).trainer, rank, world_size, directory / f"load-{layout}")
         results |= cases_of_two(layout, directory) if world_size == 2 else cases_of_one(directory)
         shutdown_megatron()
     (directory / f"{world_size}-{rank}.json").write_text(json.dumps(results))

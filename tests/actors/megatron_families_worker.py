@@ -15,16 +15,8 @@ from megatron_families import CLIP_GRAD, Reference, mtp_reference, reference
 from megatron_families_layouts import BFLOAT16, CHECKPOINTS, LAYOUTS, READS, STEPS
 
 # Installs what Megatron needs on CPU, and so comes before everything that imports megatron.
-from megatron_worker import split_rows, worst
-from megatron_worker_reference import (
-    BETAS,
-    EPS,
-    LR,
-    TEMPERATURE,
-    WEIGHT_DECAY,
-    num_loss_tokens,
-    token_loss,
-)
+from megatron_worker import join, run_under, split_rows, worst
+from megatron_worker_reference import TEMPERATURE, num_loss_tokens, token_loss
 
 from bridge.families import family_of
 from configs.schema import LayoutConfig, RunConfig
@@ -34,29 +26,11 @@ from megatron.core import parallel_state  # isort: skip
 from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 
 from actors.megatron_model import FrozenModel, MegatronModel  # isort: skip
-from actors.megatron_setup import initialize_megatron, shutdown_megatron  # isort: skip
+from actors.megatron_setup import shutdown_megatron  # isort: skip
 
 
 def make_run(layout: str, distributed_optimizer: bool, dtype: str = "float32") -> RunConfig:
-    settings = {
-        "lr": LR,
-        "weight_decay": WEIGHT_DECAY,
-        "adam_beta1": BETAS[0],
-        "adam_beta2": BETAS[1],
-        "adam_eps": EPS,
-        "clip_grad": CLIP_GRAD,
-        "use_distributed_optimizer": distributed_optimizer,
-        **LAYOUTS[layout],
-    }
-    return RunConfig.model_validate(
-        {
-            "algorithm": "sft",
-            "max_steps": 10,
-            "model": {"model": "tiny", "torch_dtype": dtype},
-            "trainer": settings,
-            "data": {"dataset": "none.jsonl"},
-        }
-    )
+    return run_under(LAYOUTS[layout], distributed_optimizer, dtype, clip_grad=CLIP_GRAD)
 
 
 def global_name(chunk: Any, name: str) -> str:
@@ -249,15 +223,7 @@ def main(rank: int, world_size: int, directory: Path) -> None:
         settings = LayoutConfig.model_validate(LAYOUTS[layout])
         if settings.world_size != world_size:
             continue
-        initialize_megatron(
-            settings,
-            rank=rank,
-            world_size=world_size,
-            init_method=f"file://{directory}/{layout}",
-            timeout_s=60,
-            seed=1,
-            device="cpu",
-        )
+        join(settings, rank, world_size, directory / layout)
         results |= cases_of(layout)
         shutdown_megatron()
     (directory / f"{rank}.json").write_text(json.dumps(results))

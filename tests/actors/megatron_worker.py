@@ -33,7 +33,7 @@ from megatron_worker_reference import (
 from actors import megatron_cpu
 from bridge.families import family_of
 from configs.errors import BasculeError
-from configs.schema import RunConfig
+from configs.schema import LayoutConfig, RunConfig
 
 megatron_cpu.install()
 
@@ -67,6 +67,13 @@ CLIP_GRAD = 0.05
 
 
 def make_run(layout: str, distributed_optimizer: bool, dtype: str = "float32", **trainer: Any) -> RunConfig:
+    return run_under(LAYOUTS[layout], distributed_optimizer, dtype, **trainer)
+
+
+def run_under(
+    sizes: dict[str, Any], distributed_optimizer: bool, dtype: str = "float32", **trainer: Any
+) -> RunConfig:
+    """A run of the reference's optimizer under the parallel `sizes`."""
     settings = {
         "lr": LR,
         "weight_decay": WEIGHT_DECAY,
@@ -75,7 +82,7 @@ def make_run(layout: str, distributed_optimizer: bool, dtype: str = "float32", *
         "adam_eps": EPS,
         "clip_grad": CLIP_GRAD,
         "use_distributed_optimizer": distributed_optimizer,
-        **LAYOUTS[layout],
+        **sizes,
         **trainer,
     }
     return RunConfig.model_validate(
@@ -86,6 +93,19 @@ def make_run(layout: str, distributed_optimizer: bool, dtype: str = "float32", *
             "trainer": settings,
             "data": {"dataset": "none.jsonl"},
         }
+    )
+
+
+def join(layout: LayoutConfig, rank: int, world_size: int, meeting: Path) -> None:
+    """Make the process groups; the ranks meet at a file."""
+    initialize_megatron(
+        layout,
+        rank=rank,
+        world_size=world_size,
+        init_method=f"file://{meeting}",
+        timeout_s=60,
+        seed=1,
+        device="cpu",
     )
 
 
@@ -313,15 +333,7 @@ def main(rank: int, world_size: int, directory: Path) -> None:
         run = make_run(layout, True)
         if run.trainer.world_size != world_size:
             continue
-        initialize_megatron(
-            run.trainer,
-            rank=rank,
-            world_size=world_size,
-            init_method=f"file://{directory}/{layout}",
-            timeout_s=60,
-            seed=1,
-            device="cpu",
-        )
+        join(run.trainer, rank, world_size, directory / layout)
         results |= cases_of(layout)
         shutdown_megatron()
     (directory / f"{rank}.json").write_text(json.dumps(results))

@@ -1,10 +1,12 @@
-"""The small files of a Megatron checkpoint directory: found, copied, replaced, and read strictly."""
+"""The small files of a Megatron checkpoint directory: found, and read strictly."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from actors.checkpoint_files import (
     LATEST,
@@ -12,16 +14,16 @@ from actors.checkpoint_files import (
     SOURCE_INDEX,
     SourceTensor,
     checkpoint_root,
-    copy_side_files,
-    drop_quantization,
     find_iteration,
     iteration_name,
     read_source_index,
-    replace_directory,
     write_latest,
     write_source_index,
 )
+from actors.model_source import write_beside
+from bridge.model_bridge import ModelBridge
 from configs.errors import ConfigError
+from tests.bridge import family_models
 
 TENSORS = [
     SourceTensor(name="model.norm.weight", dtype="F32", shape=(8,)),
@@ -73,45 +75,40 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
         find_iteration(tmp_path / "none")
 
 
-def test_side_files_are_copied_and_weights_are_not(tmp_path: Path) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
-    target.mkdir()
-    make_checkpoint(source)
-    kept = ("chat_template.jinja", "config.json", "generation_config.json", "modeling.py", "tokenizer.json")
-    left = ("model.safetensors", "model.safetensors.index.json", "old.bin", LATEST, SOURCE_INDEX, "a.distcp")
-    for name in (*kept, *left):
-        (source / name).write_text(name)
-    assert copy_side_files(source, target) == sorted(kept)
-    assert sorted(path.name for path in target.iterdir()) == sorted(kept)
-    assert (target / "config.json").read_text() == "config.json"
-
-
-def test_a_config_loses_its_quantization_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(
-        '{"model_type": "llama", "quantization_config": {"quant_method": "fp8"}, "dtype": "bfloat16"}'
-    )
-    drop_quantization(path)
-    assert json.loads(path.read_text()) == {"model_type": "llama", "dtype": "bfloat16"}
-    path.write_text('{"model_type":   "llama"}')
-    drop_quantization(path)
-    assert path.read_text() == '{"model_type":   "llama"}'
-
-
-def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
-    for name in ("new.partial", "new", "new.old"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).touch()
-    replace_directory(tmp_path / "new.partial", tmp_path / "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["new"]
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["new.partial"]
-
-
 def test_the_source_index_comes_back_as_it_was(tmp_path: Path) -> None:
     assert read_source_index(tmp_path) is None
     write_source_index(tmp_path, TENSORS)
     assert read_source_index(tmp_path) == TENSORS
     assert [path.name for path in tmp_path.iterdir()] == [SOURCE_INDEX]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
+def test_beside_a_checkpoint_stand_the_types_that_it_has(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    """The source is a quantized config's model in float16 with a router's float32 bias, which stays what it is."""
+    config = family_models.CONFIGS["deepseek_v3"]
+    family_models.save(family_models.build(config), config, tmp_path / "source")
+    weights = tmp_path / "source" / "model.safetensors"
+    tensors = {
+        name: tensor if name.endswith("e_score_correction_bias") else tensor.to(torch.float16)
+        for name, tensor in load_file(weights).items()
+    }
+    save_file(tensors, weights, metadata={"format": "pt"})
+    said = json.loads((tmp_path / "source" / "config.json").read_text())
+    said = {"dtype": "float16", "model_type": "deepseek_v3", **said, "quantization_config": {"bits": 8}}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(said))
+    target = tmp_path / "target"
+    target.mkdir()
+    write_beside(target, ModelBridge(tmp_path / "source"), torch_dtype=dtype, mtp=True)
+    listed = {each.name: each for each in read_source_index(target) or ()}
+    assert {name: each.shape for name, each in listed.items()} == {
+        name: tuple(tensor.shape) for name, tensor in tensors.items()
+    }
+    written = {None: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}[dtype]
+    for name, each in listed.items():
+        assert each.dtype == ("F32" if name.endswith("e_score_correction_bias") else written)
+    after = json.loads((target / "config.json").read_text())
+    del said["quantization_config"]
+    assert after == said | {"dtype": str(dtype or torch.float16).removeprefix("torch.")}
 
 
 @pytest.mark.parametrize(

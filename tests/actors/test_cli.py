@@ -3,14 +3,17 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pydantic import BaseModel
 from safetensors.torch import save_file
+from transformers import DeepseekV2Config, DeepseekV3Config
 
 from actors.cli import main
 from actors.env import PACKAGES, check_one_source
+from configs.errors import BasculeError
 from configs.export import ExportConfig, InferConfig
 from configs.options import list_options
 from configs.schema import RunConfig
@@ -91,12 +94,35 @@ def test_the_projects_packages_come_from_one_place(monkeypatch: pytest.MonkeyPat
 
 
 def fails(workspace: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert main(["plan", "--config", str(workspace / "grpo.yaml"), *arguments]) != 0
+    return refused(capsys, "plan", "--config", str(workspace / "grpo.yaml"), *arguments)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one message of a command whose input is wrong."""
+    assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ")
     assert "Traceback" not in captured.err
     return captured.err
+
+
+def copy_of_model(workspace: Path, path: Path, **config: Any) -> Path:
+    """The workspace's model with other values in config.json."""
+    shutil.copytree(workspace / "model", path)
+    values = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(values | config))
+    return path
+
+
+def make_torch_dist(path: Path, *, beside: Path | None) -> Path:
+    """What is asked of a torch_dist directory before a rank reads it; config and tokenizer come from `beside`."""
+    (path / "iter_0000001").mkdir(parents=True)
+    (path / "latest_checkpointed_iteration.txt").write_text("1\n")
+    (path / "iter_0000001" / "metadata.json").write_text("{}")
+    for file in [] if beside is None else beside.glob("*.json"):
+        shutil.copy(file, path)
+    return path
 
 
 def test_wrong_options_are_refused_with_the_nearest_name(
@@ -121,7 +147,102 @@ def test_wrong_models_are_named(workspace: Path, capsys: pytest.CaptureFixture[s
     assert "has no config.json" in fails(workspace, capsys, "--model.model", str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     message = fails(workspace, capsys, "--model.model", str(tmp_path))
-    assert "'gpt2' is not supported; supported are: deepseek_v2, " in message
+    assert message.startswith(
+        f"error: {tmp_path / 'config.json'}: model_type 'gpt2' is not supported; supported"
+    )
+    assert "device is cuda, but torch finds no GPU" in fails(workspace, capsys, "--model.device", "cuda")
+
+
+def test_directories_of_the_other_kind_say_which_option_is_theirs(
+    workspace: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    hf, mcore = str(workspace / "model"), str(make_torch_dist(tmp_path / "mcore", beside=workspace / "model"))
+    bare, none = str(make_torch_dist(tmp_path / "bare", beside=None)), str(tmp_path / "none")
+    given = ("--model.model", "null", "--model.mcore_model")
+    message = fails(workspace, capsys, *given, none)
+    assert f"model.mcore_model: {none} is not a Megatron checkpoint" in message
+    assert "there is no such directory" in message
+    assert "its weights are safetensors: give it as --model.model" in fails(workspace, capsys, *given, hf)
+    message = fails(workspace, capsys, *given, bare)
+    assert f"model.mcore_model: {bare} has no config.json; give the directory that has it" in message
+    assert "torch_dist checkpoint; give it as --model.mcore_model" in fails(
+        workspace, capsys, "--model.model", mcore
+    )
+    assert f"model.mcore_ref_model: {none} is not" in fails(
+        workspace, capsys, "--grpo.beta", "0.1", "--model.mcore_ref_model", none
+    )
+    export = ("export", "--output_dir", str(tmp_path / "out"))
+    assert "give it as --mcore_model" in refused(capsys, *export, "--to_mcore", "true", "--model", mcore)
+    assert f"mcore_model: {none} is not" in refused(capsys, *export, "--to_hf", "true", "--mcore_model", none)
+    assert f"bascule export --mcore_model {mcore} --to_hf true" in refused(
+        capsys, "infer", "--model", mcore, "--prompt", "w3"
+    )
+
+
+def test_damaged_weights_are_found_before_anything_starts(
+    workspace: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = copy_of_model(workspace, tmp_path / "cut") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    commands = (
+        ("plan", "--config", str(workspace / "grpo.yaml"), "--model.model"),
+        ("plan", "--config", str(workspace / "grpo.yaml"), "--grpo.beta", "1", "--model.ref_model"),
+        ("export", "--to_mcore", "true", "--output_dir", str(tmp_path / "out"), "--model"),
+        ("infer", "--prompt", "w3", "--model"),
+        ("infer", "--prompt", "w3", "--backend", "transformers", "--model"),
+    )
+    for command in commands:
+        message = refused(capsys, *command, str(path.parent))
+        assert f"{path}: truncated: model.norm.weight ends at byte" in message
+
+
+def test_weights_that_are_not_those_of_config_json_are_all_named(
+    workspace: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    larger = copy_of_model(
+        workspace, tmp_path / "larger", intermediate_size=160, num_hidden_layers=4, layer_types=None
+    )
+    for command in (
+        ("plan", "--config", str(workspace / "grpo.yaml"), "--model.model"),
+        ("plan", "--config", str(workspace / "sft.yaml"), "--model.model"),
+        ("plan", "--config", str(workspace / "grpo.yaml"), "--grpo.beta", "1", "--model.ref_model"),
+        ("export", "--to_mcore", "true", "--output_dir", str(tmp_path / "out"), "--model"),
+    ):
+        message = refused(capsys, *command, str(larger))
+        assert message.startswith(f"error: {larger}: the checkpoint does not fit the model of config.json:\n")
+        assert (
+            "model.layers.1.mlp.down_proj.weight is [64, 128] in the checkpoint, the model needs" in message
+        )
+        assert "the checkpoint does not have model.layers.3.input_layernorm.weight" in message
+    smaller = str(copy_of_model(workspace, tmp_path / "smaller", num_hidden_layers=1, layer_types=None))
+    message = fails(workspace, capsys, "--model.model", smaller)
+    assert message.startswith(
+        f"error: {smaller}: no rule reads these tensors of the checkpoint: model.layers.1."
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("0", "is 0; should be greater than or equal to 1"),
+        ("-1", "is -1; should be greater than or equal to 1"),
+        ("abc", "is 'abc'; should be a valid integer"),
+        ("null", "is None; should be a valid integer"),
+        ("[1]", "is [1]; should be a valid integer"),
+    ],
+)
+def test_sizes_of_a_plan_that_are_none_are_named(
+    workspace: Path, capsys: pytest.CaptureFixture[str], value: str, words: str
+) -> None:
+    plan = ("plan", "--model", str(workspace / "model"), "--world", "4")
+    message = refused(capsys, *plan, "--tensor_model_parallel_size", value)
+    assert message.startswith(f"error: command line: --layout.tensor_model_parallel_size {words}")
+
+
+def test_a_model_is_made_in_a_directory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    message = refused(capsys, "make-model", "tiny", "--output_dir", str(tmp_path / "file"))
+    assert f"--output_dir: {tmp_path / 'file'} is not a directory" in message
 
 
 @pytest.mark.parametrize(
@@ -162,6 +283,31 @@ def test_a_directory_with_a_run_is_not_overwritten_unasked(
     assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
 
 
+@pytest.mark.parametrize("metrics", [None, "", '{"step": 0, "eval/accuracy": 0.5}\n'])
+def test_what_a_run_left_that_failed_before_its_first_step_is_in_nobodys_way(
+    workspace: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    metrics: str | None,
+) -> None:
+    from actors import run
+
+    def connect(config: object) -> object:
+        raise BasculeError("it would start now")
+
+    monkeypatch.setattr(run, "connect", connect)
+    arguments = ["sft", "--config", str(workspace / "sft.yaml"), "--output_dir", str(tmp_path)]
+    (tmp_path / "config.yaml").write_text("")
+    if metrics is not None:
+        (tmp_path / "metrics.jsonl").write_text(metrics)
+    assert main(arguments) == 1
+    assert "it would start now" in capsys.readouterr().err
+    (tmp_path / "checkpoint-1").mkdir()
+    assert main(arguments) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
 def test_models_whose_engines_could_not_follow_are_refused_for_grpo(
     workspace: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -175,16 +321,48 @@ def test_models_whose_engines_could_not_follow_are_refused_for_grpo(
         "model.layers.0.mlp.up_proj.weight": torch.zeros(8, 8).to(torch.float8_e4m3fn),
         "model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(1, 1),
     }
-    shutil.copytree(workspace / "model", tmp_path / "fp8")
-    save_file(scaled, tmp_path / "fp8" / "model.safetensors")
-    path = tmp_path / "fp8" / "config.json"
-    values = json.loads(path.read_text()) | {
-        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    }
-    path.write_text(json.dumps(values))
-    assert "is quantized, so its engines would be too" in fails(
-        workspace, capsys, "--model.model", str(tmp_path / "fp8")
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    path = copy_of_model(workspace, tmp_path / "fp8", quantization_config=quantization)
+    save_file(scaled, path / "model.safetensors")
+    assert "is quantized, so its engines would be too" in fails(workspace, capsys, "--model.model", str(path))
+    mcore = make_torch_dist(tmp_path / "mcore", beside=path)
+    assert f"{mcore / 'config.json'}: quantization_config would make the engines quantized" in fails(
+        workspace, capsys, "--model.model", "null", "--model.mcore_model", str(mcore)
     )
+    message = fails(workspace, capsys, "--rollout.tensor_parallel_size", "3")
+    assert "rollout.tensor_parallel_size: 3 does not divide the model's 4 attention heads" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "words"),
+    [
+        (DeepseekV3Config, {}, 'add "topk_method": "noaux_tc", "scoring_func": "sigmoid"'),
+        (
+            DeepseekV3Config,
+            {"topk_method": "noaux_tc"},
+            'without these keys; add "scoring_func": "sigmoid"',
+        ),
+        (
+            DeepseekV2Config,
+            {"n_group": 8, "topk_group": 3, "num_experts_per_tok": 6},
+            "n_group is 8 with topk_method greedy",
+        ),
+    ],
+)
+def test_experts_that_vllm_would_choose_otherwise_are_refused(
+    workspace: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    kind: Any,
+    values: dict[str, Any],
+    words: str,
+) -> None:
+    shutil.copytree(workspace / "model", tmp_path, dirs_exist_ok=True)
+    kind(**values).save_pretrained(tmp_path)
+    message = fails(workspace, capsys, "--model.model", str(tmp_path))
+    assert f"{tmp_path / 'config.json'}: " in message
+    assert words in message
+    assert words in refused(capsys, "infer", "--model", str(tmp_path), "--prompt", "w3")
 
 
 def test_a_run_never_replaces_the_checkpoint_it_starts_from(

@@ -16,16 +16,20 @@ import pytest
 from actors.deadline import ActorLostError
 from actors.engine import EngineError
 from actors.engine_group import EngineGroup
-from algorithms.data import Group
+from actors.engine_pool import EnginePool
+from algorithms.data import Group, SamplingSettings
 from tests.actors.engine_helpers import (
     EOS,
     Rig,
     Sender,
+    ask,
+    gone,
     hf_tensors,
     make_model,
     prompt,
     reference_greedy,
     reference_logprobs,
+    reference_score,
     settings,
 )
 
@@ -51,7 +55,7 @@ def assert_follows(rig: Rig, model: Any) -> None:
 def push(rig: Rig, model: Any, version: int) -> None:
     rig.engines.pause()
     sender = Sender(rig.engines, hf_tensors(model))
-    assert len(sender.buckets) > 3
+    assert len(sender.plan.buckets) > 3
     sender.push(version)
     sender.group.close()
     rig.engines.resume()
@@ -128,8 +132,8 @@ def test_aborted_completions_come_back_with_what_they_have(rigs: dict[str, Rig])
     long = (prompt(3), settings(n=4, max_tokens=120, seed=9, top_k=2))
     thread = threading.Thread(target=lambda: answer.extend(rig.engines.generate([long])))
     thread.start()
-    deadline = time.monotonic() + 20
-    while rig.engines.info()[0].in_flight == 0 and time.monotonic() < deadline:
+    end = time.monotonic() + 20
+    while rig.engines.info()[0].in_flight == 0 and time.monotonic() < end:
         time.sleep(0.005)
     assert rig.engines.abort_all() == 1
     thread.join(30)
@@ -140,14 +144,23 @@ def test_aborted_completions_come_back_with_what_they_have(rigs: dict[str, Rig])
         assert len(reference_logprobs(rig.model, answer[0], index)) == len(rollout.tokens)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "moe"])
+def test_score_is_the_log_probability_of_given_tokens(rigs: dict[str, Rig], family: str) -> None:
+    rig = rigs[family]
+    tokens = prompt(1, length=60).tokens
+    got = ask(rig, "score", tokens)
+    np.testing.assert_allclose(got, reference_score(rig.model, tokens), atol=1e-4)
+    assert len(got) == 59
+
+
 def test_too_long_prompt_is_named(rigs: dict[str, Rig]) -> None:
     with pytest.raises(EngineError, match=r"prompt p4: 120 tokens .* max_model_len 128"):
-        generate(rigs["llama"], (prompt(4, length=120), settings(max_tokens=9)))
+        ask(rigs["llama"], "generate", prompt(4, length=120), settings(max_tokens=9))
 
 
 def test_both_engines_of_a_group_get_work(rigs: dict[str, Rig]) -> None:
-    members = [rigs[family].engines._engines[0] for family in ("llama", "qwen3")]
-    both = EngineGroup(members, room=2, timeout_s=60)
+    actors = [rigs[family].engines.members[0].actor for family in ("llama", "qwen3")]
+    both = EngineGroup(EnginePool(actors), room=2, timeout_s=60)
     groups = list(both.generate((prompt(i), settings(temperature=0.0)) for i in range(12)))
     assert sorted(group.prompt.id for group in groups) == sorted(f"p{i}" for i in range(12))
     models = [rigs[family].model for family in ("llama", "qwen3")]
@@ -175,28 +188,31 @@ def test_pushed_weights_are_the_ones_that_sample(rigs: dict[str, Rig], family: s
     assert_follows(rig, rig.model)
 
 
-def pushed_in_flight(rig: Rig, model: Any, seed: int) -> tuple[Group, Group, int]:
+def pushed_in_flight(rig: Rig, model: Any, mode: str, sampling: SamplingSettings) -> tuple[Group, Group, int]:
     """A group that was begun before the push of `model`, one asked for in the pause, the version before."""
     before = rig.engines.info()[0].version
     with ThreadPoolExecutor() as threads:
-        begun = threads.submit(generate, rig, (prompt(5), settings(n=7, max_tokens=120, seed=seed)))
+        begun = threads.submit(generate, rig, (prompt(5), sampling))
         while rig.engines.info()[0].in_flight == 0 and not begun.done():
             time.sleep(0.001)
-        rig.engines.pause()
+        assert rig.engines.pause(mode=mode) in (0, sampling.n)
         asked = threads.submit(generate, rig, (prompt(8), settings(seed=1)))
         push(rig, model, version=before + 1)
         return begun.result(60)["p5"], asked.result(60)["p8"], before
 
 
-def test_completions_in_flight_go_on_with_the_new_weights(rigs: dict[str, Rig]) -> None:
+@pytest.mark.parametrize("mode", ["keep", "abort"])
+def test_completions_in_flight_go_on_with_the_new_weights(rigs: dict[str, Rig], mode: str) -> None:
     rig = rigs["llama"]
     model = make_model("llama", seed=3)
     straddling = 0
     # On a busy machine the completions may all be over before the pause; then the next attempt counts.
     for attempt in range(5):
-        group, asked, before = pushed_in_flight(rig, model, seed=attempt)
+        sampling = settings(n=7, max_tokens=120, seed=10 * attempt)
+        group, asked, before = pushed_in_flight(rig, model, mode, sampling)
         push(rig, rig.model, version=before + 2)
         assert asked.rollouts[0].versions == (before + 1, before + 1)
+        assert len({tuple(rollout.tokens) for rollout in group.rollouts}) == 7
         for index, rollout in enumerate(group.rollouts):
             old = np.abs(rollout.logprobs - reference_logprobs(rig.model, group, index)) < 1e-3
             new = np.abs(rollout.logprobs - reference_logprobs(model, group, index)) < 1e-3
@@ -205,9 +221,57 @@ def test_completions_in_flight_go_on_with_the_new_weights(rigs: dict[str, Rig]) 
             versions = [before] * cut + [before + 1] * (len(old) - cut)
             assert rollout.versions == (versions[0], versions[-1])
             straddling += versions[0] != versions[-1]
+            assert rollout.finish == ("stop" if rollout.tokens[-1] == EOS else "length")
+            assert len(rollout.tokens) == 120 or rollout.finish == "stop"
+            assert rollout.text.split() == [f"w{token}" for token in rollout.tokens if token > EOS]
         if straddling:
             return
     pytest.fail("no completion was in flight during a push")
+
+
+def test_a_stop_string_across_a_cut_is_found(rigs: dict[str, Rig]) -> None:
+    rig = rigs["llama"]
+    likeliest = reference_greedy(rig.model, prompt(5).tokens, 120)
+    words = [f"w{token}" for token in likeliest]
+    sampling = settings(n=2, max_tokens=120, temperature=0.0, stop=(" ".join(words[1:110]),))
+    for _ in range(5):
+        group, _, before = pushed_in_flight(rig, rig.model, "abort", sampling)
+        for rollout in group.rollouts:
+            assert (rollout.finish, rollout.tokens.tolist()) == ("stop", likeliest[:110])
+            assert rollout.text.split() == words[:1]
+            np.testing.assert_allclose(rollout.logprobs, reference_logprobs(rig.model, group, 0), atol=1e-3)
+        if group.rollouts[0].versions == (before, before + 1):
+            return
+    pytest.fail("no completion was in flight during a push")
+
+
+def test_completions_that_a_pause_cut_can_be_aborted(rigs: dict[str, Rig]) -> None:
+    rig = rigs["llama"]
+    likeliest = reference_greedy(rig.model, prompt(5).tokens, 120)
+    for attempt in range(8):
+        with ThreadPoolExecutor() as threads:
+            long = (prompt(5), settings(n=16, max_tokens=120, temperature=0.0))
+            begun = threads.submit(generate, rig, long)
+            while rig.engines.info()[0].in_flight == 0 and not begun.done():
+                time.sleep(0.001)
+            # The sooner, the fewer tokens are there, maybe none.
+            time.sleep(0.02 * attempt)
+            prompts = 1 + bool(rig.engines.pause(mode="abort"))
+            asked = threads.submit(generate, rig, (prompt(6), settings(n=2)))
+            while rig.engines.info()[0].in_flight < prompts:
+                time.sleep(0.001)
+            assert rig.engines.abort_all() == prompts
+            rollouts = begun.result(30)["p5"].rollouts
+            waited = asked.result(30)["p6"].rollouts
+            assert rig.engines.info()[0].paused
+            rig.engines.resume()
+        assert [(rollout.finish, len(rollout.tokens)) for rollout in waited] == [("abort", 0)] * 2
+        for rollout in rollouts:
+            assert rollout.tokens.tolist() == likeliest[: len(rollout.tokens)]
+            assert rollout.finish == ("length" if len(rollout.tokens) == 120 else "abort")
+        if any(0 < len(rollout.tokens) < 120 for rollout in rollouts):
+            return
+    pytest.fail("no completion was in flight at a pause")
 
 
 def test_a_caller_who_leaves_gives_up_what_is_in_flight(rigs: dict[str, Rig]) -> None:
@@ -218,8 +282,8 @@ def test_a_caller_who_leaves_gives_up_what_is_in_flight(rigs: dict[str, Rig]) ->
     assert next(groups).prompt.id == "p1"
     engines.pause()
     groups.close()
-    deadline = time.monotonic() + 20
-    while engines.info()[0].in_flight and time.monotonic() < deadline:
+    end = time.monotonic() + 20
+    while engines.info()[0].in_flight and time.monotonic() < end:
         time.sleep(0.005)
     assert engines.info()[0].in_flight == 0
     assert engines._room.in_flight == (0,)
@@ -238,7 +302,7 @@ def test_a_failed_update_is_named_refused_and_recovered_from(rigs: dict[str, Rig
     k_proj = "model.layers.1.self_attn.k_proj.weight"
     broken = {
         # name of the failure: (what is sent, bucket before which the sender dies, what the error says)
-        "sender dies": (whole, 3, "rank 0"),
+        "sender dies": (whole, 3, "broadcast from bridge"),
         "half of qkv": (drop(whole, k_proj), None, "model.layers.1.self_attn.qkv_proj"),
         "no norm": (drop(whole, "model.norm.weight"), None, r"model\.norm"),
         "no embedding": (drop(whole, embedding), None, embedding.removesuffix(".weight")),
@@ -248,42 +312,61 @@ def test_a_failed_update_is_named_refused_and_recovered_from(rigs: dict[str, Rig
     rig.engines.pause()
     for tensors, stop_before, message in broken.values():
         with pytest.raises(EngineError, match=message) as failure:
-            Sender(rig.engines, tensors).push(7, stop_before)
-        assert "version 7" in str(failure.value)
-        with pytest.raises(EngineError, match=r"prompt p1 refused.*version 7"):
-            generate(rig, (prompt(1), settings()))
+            Sender(rig.engines, tensors).push(700, stop_before)
+        assert "version 700" in str(failure.value)
+        with pytest.raises(EngineError, match=r"prompt p1 refused.*version 700"):
+            ask(rig, "generate", prompt(1), settings())
         with pytest.raises(EngineError, match="stays paused"):
             rig.engines.resume()
-        assert rig.engines.info()[0].version < 7
-    push(rig, rig.model, version=8)
+        assert rig.engines.info()[0].version < 700
+    push(rig, rig.model, version=701)
     assert_follows(rig, rig.model)
     assert rig.engines.info()[0].failed_sync is None
 
 
-def gone(pid: int, seconds: float = 10) -> bool:
-    """Whether the process has ended, or ends in time. A zombie has."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def test_a_killed_engine_is_named_with_the_prompt(rigs: dict[str, Rig]) -> None:
+def test_a_killed_engine_is_noticed_while_idle_and_named_with_the_prompt(rigs: dict[str, Rig]) -> None:
     rig = rigs["moe"]
+    # Nobody is to replace it.
+    rig.engines.close()
     (info,) = rig.engines.info()
     (core,) = info.child_pids
-    os.kill(core, signal.SIGKILL)
-    with pytest.raises(EngineError, match=r"engine 0: prompt p6: vLLM failed"):
-        generate(rig, (prompt(6), settings()))
+    ended = f"vLLM's core process {core} ended with exit code -9"
+    with ThreadPoolExecutor() as threads:
+        watching = threads.submit(ask, rig, "watch")
+        os.kill(core, signal.SIGKILL)
+        died = time.monotonic()
+        with pytest.raises(EngineError, match=f"engine 0: {ended}"):
+            watching.result()
+    assert time.monotonic() - died < 4
+    with pytest.raises(EngineError, match=f"engine 0: prompt p6: vLLM failed: {ended}"):
+        ask(rig, "generate", prompt(6), settings())
     os.kill(info.pid, signal.SIGKILL)
-    with pytest.raises(ActorLostError, match=r"engine 0 \(prompt p6\)"):
-        generate(rig, (prompt(6), settings()))
+    with pytest.raises(ActorLostError, match="generate: engine 0"):
+        ask(rig, "generate", prompt(6), settings())
     assert all(gone(pid) for pid in info.child_pids)
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_an_engine_killed_at_work_is_noticed(rigs: dict[str, Rig], paused: bool) -> None:
+    rig = rigs["qwen3" if paused else "llama"]
+    rig.engines.close()
+    (info,) = rig.engines.info()
+    (core,) = info.child_pids
+    ended = f"vLLM's core process {core} ended with exit code -9"
+    with ThreadPoolExecutor() as threads:
+        watching = threads.submit(ask, rig, "watch")
+        working = threads.submit(ask, rig, "generate", prompt(5), settings(n=32, max_tokens=120, seed=1))
+        while rig.engines.info()[0].in_flight == 0 and not working.done():
+            time.sleep(0.001)
+        if paused:
+            rig.engines.pause(mode="abort")
+        os.kill(core, signal.SIGKILL)
+        died = time.monotonic()
+        with pytest.raises(EngineError, match=f"engine 0: {ended}"):
+            watching.result()
+        with pytest.raises(EngineError, match=f"engine 0: .*{ended}"):
+            working.result()
+    assert time.monotonic() - died < 4
 
 
 DRIVER = """

@@ -7,6 +7,7 @@ import ray
 
 from actors import deadline
 from actors.engine_group import EngineGroup
+from actors.engine_pool import EnginePool
 from tests.actors.engine_helpers import prompt, settings
 
 pytestmark = pytest.mark.engine
@@ -24,16 +25,16 @@ class Engine:
 def test_an_iterator_left_behind_by_an_error_does_not_start_a_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the check, closing it after the run's end hung the process: ray.cancel joined a new cluster."""
 
-    def late(*arguments: Any, **options: Any) -> None:
+    def late(*arguments: Any, **options: Any) -> tuple[list[Any], list[Any]]:
         raise deadline.DeadlineExceededError("late")
 
     def cancel(*arguments: Any, **options: Any) -> None:
         raise AssertionError("ray was called after the run had left it")
 
-    monkeypatch.setattr(deadline, "wait_any", late)
+    monkeypatch.setattr(ray, "wait", late)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "cancel", cancel)
-    group = EngineGroup([Engine()], room=4, timeout_s=1)
+    group = EngineGroup(EnginePool([Engine()]), room=4, timeout_s=1)
     with pytest.raises(deadline.DeadlineExceededError, match="late"):
         next(group.generate([(prompt(0), settings(n=3))]))
     # The room is free again: four more fit.

@@ -1,20 +1,24 @@
 """Both backends against transformers' own generate, and every kind of wrong input."""
 
+import logging
 import os
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import set_verbosity_warning
 
 from actors.cli import main
 from actors.infer import infer
 from actors.tiny_model import build_tiny_model
-from configs.errors import BasculeError, ConfigError
+from configs.errors import ConfigError
 from configs.export import InferConfig
 from tests.actors.engine_helpers import make_model, save_tokenizer
 
@@ -33,6 +37,26 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("tiny"), seed=7)
+
+
+@pytest.fixture(scope="module")
+def spelling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that goes on through `xéyж`, whose letters beyond ASCII are two tokens each."""
+    path = build_tiny_model(tmp_path_factory.mktemp("spelling"), seed=7)
+    tokens = AutoTokenizer.from_pretrained(path).encode("xéyж")
+    config = AutoConfig.from_pretrained(path)
+    config.tie_word_embeddings = False
+    model: Any = AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        # Nothing is added to a token's embedding, so the head chooses by the last token alone.
+        for token, following in pairwise(tokens):
+            model.lm_head.weight[following] = model.model.embed_tokens.weight[token]
+    model.save_pretrained(path)
+    return path
 
 
 def greedy(path: Path, prompt: str, count: int) -> str:
@@ -61,8 +85,10 @@ def test_transformers_answers_as_generate_does_in_pieces(words: Path) -> None:
 
 
 @pytest.mark.engine
-def test_vllm_answers_alike_and_prints_only_the_answer(words: Path) -> None:
-    arguments = ["infer", "--model", str(words), "--prompt", PROMPT, "--max_new_tokens", "12", "--stream"]
+def test_vllm_answers_alike_and_prints_only_the_answer(spelling: Path) -> None:
+    # Four tokens end in the middle of a letter, of which vLLM itself says nothing.
+    arguments = ["infer", "--model", str(spelling), "--prompt", "x", "--chat", "false"]
+    arguments += ["--max_new_tokens", "4", "--stream"]
     process = subprocess.run(
         [sys.executable, "-m", "actors.cli", *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -72,7 +98,7 @@ def test_vllm_answers_alike_and_prints_only_the_answer(words: Path) -> None:
         check=False,
     )
     assert process.returncode == 0, process.stderr[-3000:]
-    assert process.stdout.split() == greedy(words, PROMPT, 12).split()
+    assert process.stdout == greedy(spelling, "x", 4) + "\n" == "éy\ufffd\n"
     assert "Traceback" not in process.stderr
 
 
@@ -127,8 +153,28 @@ def test_wrong_input_is_named(words: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no tokenizer can be loaded"):
         ask(tmp_path)
     save_tokenizer(tmp_path)
-    with pytest.raises(BasculeError, match="transformers cannot load the model"):
+    with pytest.raises(ConfigError, match="has no safetensors files"):
         ask(tmp_path)
+    tensors = load_file(words / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"needs tensors that are not there: model\.norm\.weight$"):
+        ask(tmp_path)
+
+
+def test_layers_that_transformers_does_not_have_are_left_out_in_silence(
+    words: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(words, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(words / "model.safetensors")
+    extra = {"model.layers.2.eh_proj.weight": torch.zeros(64, 128)}
+    save_file(tensors | extra, tmp_path / "model.safetensors", {"format": "pt"})
+    expected, _ = ask(words, max_new_tokens=3)
+    logger = logging.getLogger("transformers")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    set_verbosity_warning()
+    assert ask(tmp_path, max_new_tokens=3)[0] == expected
+    assert caplog.messages == []
 
 
 def test_an_empty_prompt_is_refused_before_anything_loads(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,14 +4,12 @@ The numbers are measured by two workers (dense models, models with experts): by 
 one that loads what the two have saved.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.actors.megatron_processes import log_of, run_workers
 
 pytestmark = pytest.mark.megatron
 
@@ -44,36 +42,13 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def run_both(worker: str, directory: Path) -> list[dict[str, Any]]:
-    return [*run_workers(worker, 2, directory), *run_workers(worker, 1, directory)]
-
-
-def run_workers(name: str, world_size: int, directory: Path) -> list[dict[str, Any]]:
-    script = Path(__file__).with_name(name)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    logs = [(directory / f"{world_size}-{rank}.log").open("w+") for rank in range(world_size)]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(world_size), str(directory)],
-            cwd=script.parents[2],
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [worker.wait(timeout=240) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-        for log in logs:
-            log.close()
-    said = [(directory / f"{world_size}-{rank}.log").read_text() for rank in range(world_size)]
-    for code, text in zip(codes, said, strict=True):
-        assert code == 0, text[-5000:]
-        assert "data corruption" not in text
-    return [json.loads((directory / f"{world_size}-{rank}.json").read_text()) for rank in range(world_size)]
+    found: list[dict[str, Any]] = []
+    for world_size in (2, 1):
+        prefix = f"{world_size}-"
+        found += run_workers(Path(__file__).with_name(worker), world_size, directory, prefix=prefix)
+        for rank in range(world_size):
+            assert "data corruption" not in log_of(directory, rank, prefix).read_text()
+    return found
 
 
 def of_case(results: list[dict[str, Any]], case: str) -> list[Any]:
@@ -141,6 +116,23 @@ def test_a_checkpoint_is_visible_only_with_the_files_beside_it(experts: list[dic
         assert left == []
 
 
+def test_a_full_disk_leaves_nothing_and_names_the_file(experts: list[dict[str, Any]]) -> None:
+    for rank in of_case(experts, "mtp/deepseek_v3"):
+        said, left = rank["full_disk"]
+        assert "full/iter_0000001.bascule-partial: the checkpoint could not be written" in said
+        assert "rank 0: Worker failure: [Errno 27] File too large" in said
+        assert "Traceback" not in said
+        assert left == []
+
+
+def test_what_is_not_finite_in_a_torch_dist_checkpoint_is_named(experts: list[dict[str, Any]]) -> None:
+    for rank in of_case(experts, "mtp/deepseek_v3"):
+        assert rank["not_finite"] == [
+            "model.layers.0.mlp.gate_proj.weight",
+            "model.layers.1.mlp.gate.e_score_correction_bias",
+        ]
+
+
 @pytest.mark.parametrize("saved", TWO)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_megatrons_reader_finds_whole_tensors_by_megatrons_names(
@@ -188,4 +180,4 @@ def test_damage_is_named(results: list[dict[str, Any]]) -> None:
         assert "__0_0.distcp is truncated" in rank["truncated"]
         assert ".metadata" in rank["metadata"]
         assert "damaged" in rank["metadata"]
-        assert "blocked/iter_0000001.partial cannot be created" in rank["unwritable"]
+        assert "blocked/iter_0000001.bascule-partial cannot be created" in rank["unwritable"]

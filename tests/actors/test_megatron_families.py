@@ -3,10 +3,6 @@
 The numbers are measured by megatron_families_worker.py, once per number of processes; here they are judged.
 """
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.actors.megatron_families_layouts import BFLOAT16, READS, STEPS, world_size
+from tests.actors.megatron_processes import run_workers
 
 pytestmark = pytest.mark.megatron
 
@@ -33,38 +30,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         size = world_size(case.split("/", maxsplit=1)[0])
         if size not in finished:
             finished[size] = []
-            finished[size] = run_workers(size, tmp_path_factory.mktemp("families"))
+            finished[size] = run_workers(WORKER, size, tmp_path_factory.mktemp("families"), timeout_s=300)
         assert finished[size], "the processes of this layout have failed before"
         return [rank[case] for rank in finished[size]]
 
     return of_case
-
-
-def run_workers(size: int, directory: Path) -> list[dict[str, Any]]:
-    root = WORKER.parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(root)}
-    logs = [(directory / f"{rank}.log").open("w+") for rank in range(size)]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(size), str(directory)],
-            cwd=root,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [worker.wait(timeout=300) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-        for log in logs:
-            log.close()
-    for rank, code in enumerate(codes):
-        assert code == 0, (directory / f"{rank}.log").read_text()[-5000:]
-    return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(size)]
 
 
 @pytest.mark.parametrize("case", STEP_CASES)

@@ -3,16 +3,14 @@
 The numbers are measured by megatron_worker.py, once per number of processes; here they are judged.
 """
 
-import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.actors.megatron_processes import run_workers
 
 pytestmark = pytest.mark.megatron
 
@@ -38,36 +36,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     def of_case(case: str) -> list[dict[str, Any]]:
         world_size = RANKS[case.split("/", maxsplit=1)[0]]
         if world_size not in finished:
-            finished[world_size] = run_workers(world_size, tmp_path_factory.mktemp("megatron"))
+            finished[world_size] = run_workers(WORKER, world_size, tmp_path_factory.mktemp("megatron"))
         return [rank[case] for rank in finished[world_size]]
 
     return of_case
-
-
-def run_workers(world_size: int, directory: Path) -> list[dict[str, Any]]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    logs = [(directory / f"{rank}.log").open("w+") for rank in range(world_size)]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(world_size), str(directory)],
-            cwd=WORKER.parents[2],
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [worker.wait(timeout=240) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-        for log in logs:
-            log.close()
-    for rank, code in enumerate(codes):
-        assert code == 0, (directory / f"{rank}.log").read_text()[-5000:]
-    return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(world_size)]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -8,7 +8,7 @@ import torch
 from ray.util.placement_group import remove_placement_group
 from safetensors.torch import save_file
 
-from actors.model_source import ModelSize, ModelSource, model_size
+from actors.model_source import ModelSize, ModelSource, model_size, tensors_of
 from actors.placement import Bundle, bundles_of, describe, export_bundles, reserve
 from configs.errors import BasculeError
 from configs.export import ExportConfig
@@ -112,14 +112,16 @@ def test_the_size_of_a_model_is_counted_in_its_headers(tmp_path: Path) -> None:
     }
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
-    assert model_size(ModelSource(directory=tmp_path)) == size(80 + 64 + 24 + 2, 64, 168 * 2 + 2 * 4, 80)
+    source = ModelSource(directory=tmp_path)
+    assert model_size(source, tensors_of(source)) == size(80 + 64 + 24 + 2, 64, 168 * 2 + 2 * 4, 80)
 
 
 def test_without_a_list_of_tensors_the_files_of_a_torch_dist_checkpoint_are_counted(tmp_path: Path) -> None:
     (tmp_path / "metadata.json").write_text("{}")
     for name, nbytes in (("__0_0.distcp", 600), ("__1_0.distcp", 400), ("common.pt", 99)):
         (tmp_path / name).write_bytes(bytes(nbytes))
-    assert model_size(ModelSource(directory=tmp_path, mcore=tmp_path)) == size(500, nbytes=1000)
+    source = ModelSource(directory=tmp_path, mcore=tmp_path)
+    assert model_size(source, tensors_of(source)) == size(500, nbytes=1000)
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def draw(seed: int) -> Draws:
         source = f"draw-{len(draws.cases)}-{name}"
         draws.configs[source] = config
         draws.cases[source] = Case(
-            source=source, layout=layout, by_hand=True, bucket_bytes=chance.choice([1, 3000, 1 << 20])
+            source=source, layout=layout, by_hand=True, bucket_bytes=chance.choice([1000, 3000, 1 << 20])
         )
     raise AssertionError(f"of {_TRIES} drawn layouts too few fit their models: {left} are missing")
 

@@ -40,6 +40,7 @@ from bridge.claims import gather_claims  # noqa: E402
 from bridge.layouts import region_numel  # noqa: E402
 from bridge.megatron import named_parameters  # noqa: E402
 from bridge.model_bridge import ModelBridge  # noqa: E402
+from bridge.partial_directory import partial_of  # noqa: E402
 from configs.errors import BasculeError  # noqa: E402
 from configs.schema import LayoutConfig  # noqa: E402
 from tests.bridge.family_models import megatron_shard  # noqa: E402
@@ -58,7 +59,7 @@ class Outcome:
     read: int = 0
     needed: int = 0
     written: int = 0
-    nan: list[str] = field(default_factory=list)
+    not_finite: list[str] = field(default_factory=list)
     error: str = ""
 
 
@@ -124,7 +125,8 @@ def build(bridge: ModelBridge, case: Case) -> list[Any]:
 def bytes_needed(bridge: ModelBridge, parameters: Tensors) -> int:
     """Size on disk of what this rank's parameters hold."""
     assert bridge.tensors is not None
-    claims = gather_claims(bridge.family, bridge.spec, parameters, bridge.tensors)[dist.get_rank()]
+    everyone = gather_claims(bridge.family, bridge.spec, parameters, bridge.tensors, bridge.directory)
+    claims = everyone[dist.get_rank()]
     return sum(
         region_numel(piece.region) * bridge.tensors[piece.tensor].dtype.itemsize for piece in claims.pieces
     )
@@ -177,10 +179,15 @@ def round_trip(bridge: ModelBridge, chunks: list[Any], case: Case, paths: tuple[
     parameters = named_parameters(chunks)
     loaded = bridge.load(chunks)
     want = on_disk(root / (case.expected or case.source))
-    outcome = Outcome(nan=list(loaded.nan), read=loaded.bytes_read, needed=bytes_needed(bridge, parameters))
+    outcome = Outcome(
+        not_finite=list(loaded.not_finite), read=loaded.bytes_read, needed=bytes_needed(bridge, parameters)
+    )
     outcome.wrong += [
-        f"still NaN: {name}" for name, p in parameters.items() if not loaded.nan and p.isnan().any()
+        f"still NaN: {name}" for name, p in parameters.items() if not loaded.not_finite and p.isnan().any()
     ]
+    held_not_finite = bridge.not_finite(chunks)
+    if held_not_finite != loaded.not_finite:
+        outcome.wrong.append(f"NaN or infinities in the model: {held_not_finite}")
     if case.by_hand:
         outcome.wrong += unlike_by_hand(parameters, load_file(by_hand(root / case.source)))
     dtype = DTYPES[case.torch_dtype] if case.torch_dtype else None
@@ -190,7 +197,7 @@ def round_trip(bridge: ModelBridge, chunks: list[Any], case: Case, paths: tuple[
     kept = {name: tensor for name, tensor in want.items() if name in held}
     outcome.wrong += [f"export: {text}" for text in differences(exported, kept)]
     if case.partial is not None and dist.get_rank() == 0:
-        shutil.copytree(root / case.partial, output.with_name(f"{output.name}.partial"))
+        shutil.copytree(root / case.partial, partial_of(output))
     writes = Writes()
     save(bridge, chunks, case, output, writes)
     outcome.written = writes.nbytes

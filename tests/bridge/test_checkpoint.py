@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from bridge import checkpoint
-from bridge.checkpoint import CheckpointError, CheckpointReader, resolve_model
+from bridge.checkpoint import CheckpointError, CheckpointReader, check_files, resolve_model
 from bridge.layouts import Region, region_numel, region_of, region_shape, slices
+from bridge.model_bridge import WeightError
 from bridge.plan import TensorInfo
-from configs.errors import BasculeError, ConfigError
+from bridge.rules import RuleError
+from configs.errors import BasculeError, ConfigError, WriteError
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -199,6 +201,26 @@ def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
         "not have more",
     ):
         assert any(words in line for line in lines), words
+
+
+def test_files_are_checked_however_their_tensors_are_quantized(tmp_path: Path) -> None:
+    write_index(tmp_path, split_in_two(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq"}}))
+    before = open_files()
+    check_files(tmp_path)
+    assert open_files() == before
+    with pytest.raises(CheckpointError, match="quantized with awq"):
+        CheckpointReader(tmp_path)
+    path = tmp_path / "two.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"two\.safetensors: truncated"):
+        check_files(tmp_path)
+    assert open_files() == before
+
+
+def test_what_cannot_be_read_is_wrong_input_and_what_cannot_be_written_is_not() -> None:
+    assert all(issubclass(kind, ConfigError) for kind in (CheckpointError, RuleError, WeightError))
+    assert not issubclass(WriteError, ConfigError)
 
 
 def open_files() -> int:

@@ -3,6 +3,8 @@
 import json
 import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bridge import checkpoint_writer
-from bridge.checkpoint import CheckpointError
-from bridge.checkpoint_writer import CheckpointWriter
+from bridge.checkpoint import resolve_model
+from bridge.checkpoint_writer import CheckpointWriter, progress
 from bridge.layouts import region_of
+from bridge.partial_directory import partial_of, put_in_place
 from bridge.plan import TensorInfo
+from configs.errors import ConfigError, WriteError
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -165,8 +169,22 @@ def test_parents_are_made_and_symlinks_followed(tmp_path: Path, source: Path) ->
     save(tmp_path / "link", source)
     assert (tmp_path / "link").is_symlink()
     check(tmp_path / "elsewhere")
-    assert not list(tmp_path.glob("*.old"))
-    assert not list(tmp_path.glob("*.partial"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "link", "not", "source"]
+
+
+def test_what_is_no_checkpoint_is_not_replaced(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "letter.txt").touch()
+    with pytest.raises(ConfigError, match="out is neither empty nor a checkpoint"):
+        CheckpointWriter(tmp_path / "out", infos()).prepare()
+    # Not even to go on with a save that began when there was nothing.
+    key = "step 7"
+    interrupted(tmp_path / "other", key)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").touch()
+    with pytest.raises(ConfigError, match="other is neither empty nor a checkpoint"):
+        CheckpointWriter(tmp_path / "other", infos(), rank=1, key=key).prepare()
+    assert progress(tmp_path / "other", key, 1) == (0, 5)
 
 
 def test_a_checkpoint_can_be_saved_over_its_source(source: Path) -> None:
@@ -184,7 +202,7 @@ def test_a_full_disk_is_an_error_at_the_start_that_leaves_nothing(tmp_path: Path
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
         with pytest.raises(
-            CheckpointError, match=r"out.partial/model.safetensors: cannot be written: .*File too"
+            WriteError, match=r"out.bascule-partial/model.safetensors: cannot be written: .*File too"
         ):
             large.prepare()
     finally:
@@ -204,12 +222,55 @@ def test_a_disk_that_fails_in_the_middle_names_file_and_tensor(
     writer = CheckpointWriter(target, infos())
     writer.prepare()
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(CheckpointError, match=r"model.safetensors: b: cannot be written: .*No space left"):
+    with pytest.raises(WriteError, match=r"model.safetensors: b: cannot be written: .*No space left"):
         write_whole(writer, "b")
     writer.close()
     assert not target.exists()
-    with pytest.raises(CheckpointError, match=r"parent: cannot be written|Not a directory"):
+    with pytest.raises(WriteError, match=r"parent: cannot be written|Not a directory"):
         CheckpointWriter(source / "config.json" / "out", infos()).prepare()
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from bridge.checkpoint_writer import CheckpointWriter
+from bridge.plan import TensorInfo
+from configs.errors import WriteError
+
+SIZE = 1 << 16
+infos = [TensorInfo(name=name, dtype=torch.float32, shape=(SIZE,)) for name in "abc"]
+writer = CheckpointWriter(Path(sys.argv[1]), infos, key="step 7")
+writer.prepare()
+# In the middle of the second tensor.
+resource.setrlimit(resource.RLIMIT_FSIZE, (6 * SIZE, 6 * SIZE))
+try:
+    for name in "abc":
+        writer.write(name, ((0, SIZE),), torch.ones(SIZE))
+        writer.commit([name])
+    writer.finish(Path(sys.argv[2]))
+except WriteError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_a_disk_that_is_full_in_the_middle_leaves_nothing_that_looks_complete(
+    tmp_path: Path, source: Path
+) -> None:
+    """The system itself refuses to write, half-way through a tensor; in a process of its own, for it stays so."""
+    child = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path / "out"), str(source)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 1
+    assert "out.bascule-partial/model.safetensors: b: cannot be written: [Errno 27] File too" in child.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.bascule-partial", "source"]
+    with pytest.raises(ConfigError, match=r"has no config.json"):
+        resolve_model(str(tmp_path / "out.bascule-partial"))
+    assert progress(tmp_path / "out", "step 7", 1) == (1, 3)
 
 
 def test_short_writes_are_continued(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +298,7 @@ def interrupted(target: Path, key: str | None, max_shard_size: int = 1 << 20) ->
 def test_an_interrupted_save_is_continued_where_it_was(tmp_path: Path, source: Path) -> None:
     target = tmp_path / "out"
     again = interrupted(target, "step 7")
+    assert [progress(target, key, 2) for key in ("step 7", "step 8")] == [(0, 5), None]
     again.prepare()
     assert again.pending(tensors()) == ["c", "empty", "scalar"]
     # Each rank has its own part to write, and its own journal.
@@ -244,7 +306,15 @@ def test_an_interrupted_save_is_continued_where_it_was(tmp_path: Path, source: P
     for name in again.pending(tensors()):
         write_whole(again, name)
     again.commit(["c"])
-    again.finish(source)
+    other = CheckpointWriter(target, infos(), 1 << 20, rank=0, key="step 7")
+    other.commit(["b", "c"])
+    assert progress(target, "step 7", 2) == (2, 5)
+    other.close()
+    again.finish(source, publish=False)
+    assert not target.exists()
+    assert progress(target, "step 7", 2) == (2, 5)
+    put_in_place(target)
+    assert progress(target, "step 7", 2) is None
     check(target)
     names = sorted(path.name for path in target.iterdir())
     assert names == ["config.json", "model.safetensors", "tokenizer.json"]
@@ -270,21 +340,22 @@ def test_only_the_same_save_is_continued(
     assert writer.pending(tensors()) == list(tensors())
     read = {
         name: value
-        for path in target.with_name("out.partial").glob("*.safetensors")
+        for path in partial_of(target).glob("*.safetensors")
         for name, value in load_file(path).items()
     }
     assert not any(value.any() for value in read.values())
 
 
 def test_an_interrupted_start_or_a_torn_journal_is_no_trap(tmp_path: Path, source: Path) -> None:
-    target, partial = tmp_path / "out", tmp_path / "out.partial"
+    target, partial = tmp_path / "out", partial_of(tmp_path / "out")
     writer = interrupted(target, "step 7")
-    with (partial / "written.1").open("a") as stream:
+    with (partial / ".bascule-written.1").open("a") as stream:
         stream.write('"sca')
     writer.prepare()
     assert writer.pending(tensors()) == ["c", "empty", "scalar"]
     with (partial / "model.safetensors").open("r+b") as stream:
         stream.truncate(50)
+    assert progress(target, "step 7", 2) is None
     writer.prepare()
     assert writer.pending(tensors()) == list(tensors())
     for name in tensors():

@@ -1,6 +1,5 @@
 """What moves between pieces and file blocks, without processes: sums, coverage and values by hand."""
 
-import random
 from collections.abc import Iterable
 
 import pytest
@@ -12,11 +11,8 @@ from bridge.exchange import (
     from_bytes,
     is_split_by_columns,
     load_pieces,
-    message_bytes,
-    pack_bucket,
     save_pieces,
     transfers,
-    unpack_bucket,
 )
 from bridge.layouts import Fold, Region, is_contiguous, region_numel, region_of, region_shape, slices
 from bridge.plan import Piece, TensorInfo, build_plan
@@ -107,37 +103,6 @@ def test_values_are_read_at_any_offset_of_a_message(dtype: torch.dtype, offset: 
 def test_bytes_are_in_row_major_order_of_what_is_seen() -> None:
     turned = torch.arange(6, dtype=torch.int16).view(2, 3).T
     assert as_bytes(turned).tolist() == [0, 0, 3, 0, 1, 0, 4, 0, 2, 0, 5, 0]
-
-
-def test_messages_of_all_owners_fill_a_bucket() -> None:
-    """Random splits of tensors of several types, in parameters that are views and folds of the HF tensors."""
-    chance = random.Random(0)
-    generator = torch.Generator().manual_seed(0)
-    whole: dict[str, torch.Tensor] = {}
-    claims: list[Piece] = []
-    for number, dtype in enumerate([torch.bfloat16, torch.float32, torch.float16, torch.bfloat16] * 3):
-        name, shape = f"t{number}", (chance.randint(1, 5), 2 * chance.randint(1, 3))
-        whole[name] = torch.randn(shape, generator=generator).to(dtype)
-        edge = chance.randint(0, shape[0])
-        for rank, rows in ((0, (0, edge)), (1, (edge, shape[0]))):
-            if rows[0] < rows[1]:
-                claims.append(piece(name, rank, (rows, (0, shape[1])), name))
-    tensors = [info(name, *value.shape, dtype=value.dtype) for name, value in whole.items()]
-    plan = build_plan(tensors, claims)
-    held = [
-        {one.parameter: whole[one.tensor][slices(one.region)].float() for one in claims if one.rank == rank}
-        for rank in (0, 1)
-    ]
-    for bucket in plan.buckets(60):
-        views = {one.name: torch.zeros(one.shape, dtype=one.dtype) for one in bucket.tensors}
-        for rank in plan.owners(bucket):
-            message = pack_bucket(held[rank], plan, bucket, rank)
-            assert message is not None
-            assert len(message) == message_bytes(plan, bucket, rank)
-            unpack_bucket(message, plan, bucket, rank, views)
-        assert all(torch.equal(view, whole[name]) for name, view in views.items())
-    absent = plan.buckets(60)[0]
-    assert pack_bucket({}, plan, absent, 7) is None
 
 
 class Store:

@@ -262,8 +262,10 @@ def test_what_is_not_supported_is_refused_by_name(
 ) -> None:
     config = {**CONFIGS[model].to_dict(), **values}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=words) as caught:
         spec_of(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ")
+    assert str(caught.value).count("config.json") == 1
 
 
 @pytest.mark.parametrize(("groups", "chosen"), [(1, 1), (4, 4), (None, None)])

@@ -58,23 +58,12 @@ def test_rows_or_columns_in_any_order_cover(regions: list[Region]) -> None:
     assert len(plan.pieces["good"]) == len(regions)
 
 
-def test_buckets_keep_order_respect_the_limit_and_align() -> None:
+def test_buckets_keep_order_and_respect_the_limit() -> None:
     tensors = [info("a", 3, dtype=torch.bfloat16), info("b", 2), info("big", 100), info("c", 1)]
     plan = build_plan(tensors, [piece(t.name, 0, *((0, side) for side in t.shape)) for t in tensors])
     buckets = plan.buckets(64)
     assert [[tensor.name for tensor in bucket.tensors] for bucket in buckets] == [["a", "b"], ["big"], ["c"]]
-    assert buckets[0].offsets == (0, 8)
-    assert buckets[0].nbytes == 16
-    assert buckets[1].nbytes == 400
-
-
-def test_owned_pieces_of_a_bucket_are_the_ranks_in_tensor_order() -> None:
-    tensors = [info("a", 4), info("b", 4)]
-    claims = [piece(name, rank, (2 * rank, 2 * rank + 2)) for rank in (0, 1) for name in ("b", "a")]
-    plan = build_plan(tensors, claims)
-    (bucket,) = plan.buckets(1 << 20)
-    assert plan.owners(bucket) == (0, 1)
-    assert [(p.tensor, p.region) for p in plan.owned(bucket, 1)] == [("a", ((2, 4),)), ("b", ((2, 4),))]
+    assert [bucket.nbytes for bucket in buckets] == [14, 400, 4]
 
 
 def grid(chance: random.Random, whole: Region, dims: tuple[int, ...]) -> list[Region]:

@@ -1,6 +1,5 @@
 """The gloo group between threads and processes of this machine, and the bucket plan on its way."""
 
-import json
 import os
 import signal
 import subprocess
@@ -15,16 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from bridge.plan import Bucket, TensorInfo
-from bridge.transport.gloo import (
-    GlooGroup,
-    TransportError,
-    bucket_views,
-    buckets_from_wire,
-    buckets_to_wire,
-    connect,
-    free_port,
-)
+from bridge.transport.base import TransportError
+from bridge.transport.gloo import GlooGroup, connect, free_port
 
 HOST = "127.0.0.1"
 
@@ -77,6 +68,31 @@ def test_send_and_recv_keep_the_order_between_two_ranks() -> None:
     assert on_ranks(3, body)[0] == [[1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [2, 2]]
 
 
+def test_messages_of_several_ranks_are_received_together_and_peers_have_names() -> None:
+    def body(rank: int, group: GlooGroup) -> list[list[int]]:
+        if rank:
+            # The higher rank comes first.
+            time.sleep(0.2 * (3 - rank))
+            group.send(row(rank, rank), 0)
+            return []
+        received = [torch.zeros(2, dtype=torch.uint8) for _ in range(2)]
+        group.recv_each([(received[0], 2), (received[1], 1)])
+        return [t.tolist() for t in received]
+
+    assert on_ranks(3, body)[0] == [[2, 2], [1, 1]]
+
+
+def test_errors_name_the_peer_as_it_is_called() -> None:
+    port = free_port(HOST)
+    peers = ("bridge", "engine 0 worker 1")
+    with ThreadPoolExecutor(2) as threads:
+        groups = list(threads.map(lambda rank: connect(HOST, port, rank, 2, 20, peers), range(2)))
+    groups[1].close()
+    with pytest.raises(TransportError, match="receive from engine 0 worker 1 in gloo group"):
+        groups[0].recv(row(0), 1)
+    groups[0].close()
+
+
 def test_torch_default_group_stays_free() -> None:
     assert not torch.distributed.is_initialized()
     on_ranks(2, lambda rank, group: group.broadcast(row(rank), 0))
@@ -106,7 +122,9 @@ def test_a_peer_that_leaves_fails_the_others_at_once() -> None:
             group.close()
             return 0
         began = time.monotonic()
-        with pytest.raises(TransportError, match=r"receive from rank 0 in gloo group at .*, 5 bytes"):
+        with pytest.raises(
+            TransportError, match=r"receive from rank 0 in gloo group at .*, 5 bytes, failed after 0\.\d s"
+        ):
             group.recv(torch.empty(5, dtype=torch.uint8), 0)
         return time.monotonic() - began
 
@@ -151,51 +169,6 @@ def test_a_closed_group_says_so() -> None:
         group.broadcast(row(rank), 0)
 
     assert all("closed" in str(error) for error in on_ranks(2, body))
-
-
-WEIGHT = TensorInfo(name="weight", dtype=torch.bfloat16, shape=(3,))
-SCALE = TensorInfo(name="scale", dtype=torch.float32, shape=(2, 1))
-COUNT = TensorInfo(name="count", dtype=torch.int64, shape=())
-BUCKETS = (
-    Bucket(tensors=(WEIGHT, SCALE), offsets=(0, 8), nbytes=16),
-    Bucket(tensors=(COUNT,), offsets=(0,), nbytes=8),
-)
-
-
-def test_plan_survives_its_way_as_plain_json() -> None:
-    wire = buckets_to_wire(BUCKETS)
-    assert wire[0] == {
-        "nbytes": 16,
-        "tensors": [["weight", "bfloat16", [3], 0], ["scale", "float32", [2, 1], 8]],
-    }
-    assert buckets_from_wire(json.loads(json.dumps(wire))) == BUCKETS
-
-
-def test_views_are_the_bytes_at_the_offsets() -> None:
-    # 1.0, -2.0 and 0.5 in bfloat16, two bytes of padding, then 3.0 and -1.0 in float32, little-endian.
-    raw = "803f 00c0 003f 0000 00004040 000080bf"
-    buffer = torch.frombuffer(bytearray.fromhex(raw), dtype=torch.uint8)
-    views = dict(bucket_views(buffer, BUCKETS[0]))
-    assert views["weight"].tolist() == [1.0, -2.0, 0.5]
-    assert views["scale"].tolist() == [[3.0], [-1.0]]
-    views["scale"][0] = 1.0
-    assert buffer[8:12].tolist() == [0, 0, 0x80, 0x3F]
-
-
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ([["a", "bfloat16", [2], 0], ["a", "bfloat16", [2], 8]], "a comes twice"),
-        ([["a", "float31", [2], 0]], "a has the unknown type 'float31'"),
-        ([["a", "load", [2], 0]], "a has the unknown type 'load'"),
-        ([["a", "float32", [2], 2]], "a at byte 2 is not aligned for float32"),
-        ([["a", "float32", [2], 0], ["b", "float32", [1], 4]], "b takes bytes 4 to 8, but 8 to 16 are left"),
-        ([["a", "float32", [5], 0]], "a takes bytes 0 to 20, but 0 to 16 are left"),
-    ],
-)
-def test_an_impossible_plan_is_refused_by_tensor(tensors: list[Any], message: str) -> None:
-    with pytest.raises(TransportError, match=message):
-        buckets_from_wire([{"nbytes": 16, "tensors": tensors}])
 
 
 FAMILY = """

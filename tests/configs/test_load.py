@@ -162,6 +162,8 @@ def test_missing_options_are_named_without_their_section_being_there() -> None:
         ("seed: 1\nlr: 2\nseed: 3\n", ":3:", "seed is given twice"),
         ("- 1\n", ":1:", "a config file is a mapping"),
         ("seed: \x00\n", ":", "not a YAML text file"),
+        ("seed: 1\n? [a]\n: 2\n", ":2:", "a key is a word"),
+        ("model: &m {model: *m}\n", ":", "an alias (*name) stands inside its anchor"),
     ],
 )
 def test_files_that_are_no_config(tmp_path: Path, text: str, place: str, what: str) -> None:

@@ -1,0 +1,207 @@
+"""Which engines are up: notices the loss of one within seconds and starts another in its place."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import RayError
+
+from actors import deadline
+from configs.errors import BasculeError
+
+LOG = logging.getLogger(__name__)
+
+_LOOK_S = 1.0
+State = Literal["up", "starting", "new", "failed"]
+
+
+class EngineLostError(BasculeError):
+    """No engine is left, or engines are lost more often than is allowed. Names the engine and the cause."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """One engine actor. The one that replaces it has the same number and the next incarnation."""
+
+    index: int
+    incarnation: int
+    actor: Any
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+        return f"engine {self.index}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Slot:
+    member: Member
+    state: State
+    why: str = ""
+
+
+class EnginePool:
+    """The engines of a run by number. Without `make` a lost engine is not replaced.
+
+    `up` engines sample; a `new` one runs but has yet to get weights, after which `admit` makes it `up`. A thread
+    watches all of them, so that a loss is noticed and a replacement on its way while the run does other things.
+    """
+
+    def __init__(
+        self,
+        actors: Sequence[Any],
+        make: Callable[[int], Any] | None = None,
+        *,
+        start_timeout_s: float = 600.0,
+        max_recoveries: int = 0,
+    ) -> None:
+        self._make = make
+        self._start_timeout_s = start_timeout_s
+        self._left = max_recoveries
+        self._lock = threading.Condition()
+        self._slots = [
+            _Slot(member=Member(index=index, incarnation=0, actor=actor), state="up")
+            for index, actor in enumerate(actors)
+        ]
+        self._watched: dict[Any, Member] = {}
+        self._closed = threading.Event()
+        self.recoveries = 0
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def members(self, *states: State) -> tuple[Member, ...]:
+        """Engines in one of these states, by number."""
+        with self._lock:
+            return tuple(slot.member for slot in self._slots if slot.state in states)
+
+    def is_current(self, member: Member) -> bool:
+        """Whether this is still the engine of its number, and not lost."""
+        with self._lock:
+            slot = self._slots[member.index]
+            return slot.member == member and slot.state in ("up", "new")
+
+    def watch(self) -> None:
+        """Notice losses from now on. The engines have to be started."""
+        for member in self.members("up"):
+            self._watched[member.actor.watch.remote()] = member
+        threading.Thread(target=self._look, name="watch-engines", daemon=True).start()
+
+    def admit(self, member: Member) -> None:
+        """A new engine has its weights."""
+        with self._lock:
+            slot = self._slots[member.index]
+            if slot.member == member and slot.state == "new":
+                self._slots[member.index] = replace(slot, state="up")
+                LOG.warning("%s is back", member.name)
+
+    def lost(self, member: Member, error: BasculeError) -> None:
+        """The engine is of no use any more: end it, and start another one in the background.
+
+        Does nothing when that has happened already.
+        """
+        why = _first_line(error)
+        with self._lock:
+            slot = self._slots[member.index]
+            if slot.member != member or slot.state not in ("up", "new"):
+                return
+            can_replace = self._make is not None and self._left > 0
+            self._left -= 1
+            state: State = "starting" if can_replace else "failed"
+            self._slots[member.index] = replace(slot, state=state, why=why)
+            self._lock.notify_all()
+        LOG.warning(
+            "%s is lost: %s; %s",
+            member.name,
+            why,
+            "starting another" if can_replace else "it is not replaced",
+        )
+        if can_replace:
+            threading.Thread(
+                target=self._replace, args=(member,), name=f"replace-{member.index}", daemon=True
+            ).start()
+
+    def noticed(self, member: Member, timeout_s: float) -> bool:
+        """Whether the engine is known to be lost within this time: its error may come before its death is seen."""
+        end = time.monotonic() + timeout_s
+        with self._lock:
+            while self._slots[member.index].member == member:
+                if self._slots[member.index].state in ("starting", "failed"):
+                    return True
+                left = end - time.monotonic()
+                if left <= 0:
+                    return False
+                self._lock.wait(left)
+        return True
+
+    def wait_for_one(self, timeout_s: float) -> None:
+        """Return once some engine is up or new. Raises EngineLostError when none will be."""
+        end = time.monotonic() + timeout_s
+        with self._lock:
+            while not any(slot.state in ("up", "new") for slot in self._slots):
+                left = end - time.monotonic()
+                if left <= 0 or all(slot.state == "failed" for slot in self._slots):
+                    causes = "; ".join(f"{slot.member.name}: {slot.why}" for slot in self._slots)
+                    raise EngineLostError(f"no engine is left: {causes}")
+                self._lock.wait(left)
+
+    def is_hopeless(self, member: Member) -> bool:
+        """Whether the engine of this number is lost for good."""
+        with self._lock:
+            return self._slots[member.index].state == "failed"
+
+    def close(self) -> None:
+        """Stop watching. Call it before leaving Ray, which a late call would start again."""
+        self._closed.set()
+
+    def _look(self) -> None:
+        while not self._closed.is_set():
+            with self._lock:
+                refs = list(self._watched)
+            if not refs:
+                self._closed.wait(_LOOK_S)
+                continue
+            ready, _ = ray.wait(refs, num_returns=1, timeout=_LOOK_S)
+            for ref in ready:
+                with self._lock:
+                    member = self._watched.pop(ref)
+                if not self._closed.is_set():
+                    try:
+                        deadline.get(ref, member.name, timeout_s=_LOOK_S, phase="watch")
+                    except BasculeError as error:
+                        self.lost(member, error)
+
+    def _replace(self, member: Member) -> None:
+        assert self._make is not None
+        start = time.monotonic()
+        try:
+            ray.kill(member.actor)
+            actor = self._make(member.index)
+            deadline.get(
+                actor.start.remote(), member.name, timeout_s=self._start_timeout_s, phase="start after a loss"
+            )
+        except (RayError, BasculeError) as error:
+            with self._lock:
+                slot = self._slots[member.index]
+                why = f"{slot.why}; then {_first_line(error)}"
+                self._slots[member.index] = replace(slot, state="failed", why=why)
+                self._lock.notify_all()
+            LOG.warning("%s could not be replaced: %s", member.name, error)
+            return
+        following = Member(index=member.index, incarnation=member.incarnation + 1, actor=actor)
+        watching = actor.watch.remote()
+        with self._lock:
+            self._slots[member.index] = _Slot(member=following, state="new")
+            self._watched[watching] = following
+            self.recoveries += 1
+            self._lock.notify_all()
+        LOG.warning("%s was started again in %.1f s", member.name, time.monotonic() - start)
+
+
+def _first_line(error: Exception) -> str:
+    """What Ray says of a death goes on for a page."""
+    return str(error).partition("\n")[0]

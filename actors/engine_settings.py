@@ -1,0 +1,72 @@
+"""What vLLM is told: arguments and environment of an engine."""
+
+from pathlib import Path
+from typing import Any
+
+from bridge.transport.registry import OWNED_ENGINE
+from configs.schema import RolloutConfig, RunConfig
+
+
+def engine_arguments(config: RunConfig, model_path: str, device: str) -> dict[str, Any]:
+    """Arguments for vLLM's AsyncEngineArgs."""
+    rollout = config.rollout
+    return {
+        "model": model_path,
+        "dtype": config.model.torch_dtype,
+        "max_model_len": rollout.max_model_len,
+        "max_num_seqs": rollout.max_num_seqs,
+        "enforce_eager": rollout.enforce_eager,
+        "enable_prefix_caching": rollout.enable_prefix_caching,
+        "tensor_parallel_size": rollout.tensor_parallel_size,
+        # Inside a placement group vLLM would otherwise choose Ray actors of its own for the workers.
+        "distributed_executor_backend": "mp" if rollout.tensor_parallel_size > 1 else "uni",
+        "worker_extension_cls": "bridge.transport.worker_extension.WorkerExtension",
+        # The probability of the token under temperature and top-p: that is the policy that sampled it.
+        "logprobs_mode": "processed_logprobs",
+        "seed": config.seed,
+        "weight_transfer_config": {"backend": config.bridge.transport},
+        "disable_log_stats": True,
+        **_memory_arguments(rollout, device),
+    }
+
+
+def completion_arguments(model_path: str, device: str, dtype: str, length: int) -> dict[str, Any]:
+    """Arguments for an engine that completes one prompt, of `length` tokens with the completion."""
+    return {
+        "model": model_path,
+        "dtype": dtype,
+        "max_model_len": length,
+        "max_num_seqs": 1,
+        "enforce_eager": True,
+        "disable_log_stats": True,
+        **_memory_arguments(RolloutConfig(), device),
+    }
+
+
+def _memory_arguments(rollout: RolloutConfig, device: str) -> dict[str, Any]:
+    if device == "cuda":
+        return {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+    return {
+        "kv_cache_memory_bytes": rollout.kv_cache_memory_bytes,
+        # vLLM 0.32 rewinds the generator of a seeded request whose prompt it took in part, and torch's CPU
+        # generator cannot: the whole engine ends. Without chunks a prompt waits for a step it fits into.
+        "enable_chunked_prefill": False,
+    }
+
+
+def engine_environment(model_path: str, device: str, num_cpus: float) -> dict[str, str]:
+    """Environment variables of an engine's processes."""
+    environment = {OWNED_ENGINE: "1", "VLLM_NO_USAGE_STATS": "1"}
+    if Path(model_path).is_dir():
+        environment["HF_HUB_OFFLINE"] = "1"
+    if device == "cpu":
+        environment |= {
+            # vLLM on CPU otherwise adds a third process, for the sake of thread binding.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            # By default every engine of a machine is bound to the same first cores.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(max(1, int(num_cpus))),
+            # Even with enforce_eager, the first logprobs would compile a helper for 10 to 30 s.
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+    return environment

@@ -1,0 +1,58 @@
+"""Which models vLLM computes as transformers does, and which of them can take new weights while they run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from actors.model_source import Contents, ModelSource
+from configs.errors import ConfigError
+
+_DEEPSEEK_V3 = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+"""What vLLM 0.32 reads from the config of a DeepSeek-V3, and transformers takes for granted."""
+
+
+def check_routing(directory: Path, hf_config: Mapping[str, Any]) -> None:
+    """Raises ConfigError naming the key of config.json by which vLLM would choose other experts."""
+    path, model_type = directory / "config.json", hf_config.get("model_type")
+    if model_type == "deepseek_v3":
+        wrong = {key: value for key, value in _DEEPSEEK_V3.items() if hf_config.get(key) != value}
+        if wrong:
+            lines = ", ".join(f'"{key}": "{value}"' for key, value in wrong.items())
+            raise ConfigError(f"{path}: vLLM routes a deepseek_v3 wrongly without these keys; add {lines}")
+    groups, chosen = hf_config.get("n_group") or 1, hf_config.get("topk_group") or 1
+    if model_type == "deepseek_v2" and hf_config.get("topk_method") == "greedy" and groups != chosen:
+        raise ConfigError(
+            f"{path}: n_group is {groups} with topk_method greedy: vLLM limits experts to groups all the same, "
+            "transformers does not; set n_group and topk_group to 1"
+        )
+
+
+def check_engines(directory: Path, hf_config: Mapping[str, Any], tensor_parallel_size: int) -> None:
+    """Raises ConfigError when engines of a run with this config.json cannot do their part in it."""
+    if hf_config["model_type"] == "gpt_oss":
+        raise ConfigError(
+            f"{directory / 'config.json'}: model_type gpt_oss cannot be trained by grpo: vLLM 0.32 cannot load "
+            "its experts and sinks into a running engine; sft and export work"
+        )
+    check_routing(directory, hf_config)
+    heads = hf_config["num_attention_heads"]
+    if heads % tensor_parallel_size:
+        raise ConfigError(
+            f"rollout.tensor_parallel_size: {tensor_parallel_size} does not divide the model's {heads} attention "
+            "heads"
+        )
+
+
+def check_not_quantized(source: ModelSource, hf_config: Mapping[str, Any], contents: Contents) -> None:
+    """Raises ConfigError when engines of the source would be quantized: they cannot take new weights."""
+    if contents.quantized:
+        raise ConfigError(
+            f"{source.directory}: is quantized, so its engines would be too, and could not take the "
+            "trainer's weights; make it BF16 first: bascule export --to_mcore true, then --to_hf true"
+        )
+    if hf_config.get("quantization_config"):
+        raise ConfigError(
+            f"{source.directory / 'config.json'}: quantization_config would make the engines quantized, so that "
+            "they could not take the trainer's weights, which are not; give a copy of the directory without "
+            "that key"
+        )

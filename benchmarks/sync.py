@@ -1,0 +1,113 @@
+"""How long a weight sync takes, against a plain broadcast, a reload from disk, and one tensor at a time.
+
+    python -m benchmarks.sync [--model smollm2 dense-1b] [--bucket_size_mb 4 16 64] [--repetitions 7]
+
+Three processes: a trainer rank that owns all tensors, the bridge, and one vLLM engine (in process, so that all
+ways end in the same model). Weights are bfloat16. Ours is everything: packing and hashing on the trainer, the
+bridge, the check of every hash and of every layer, loading. Against it, alternating in one run of the same
+processes:
+
+  broadcast   the bridge broadcasts as many bytes to trainer and engine in buckets of 16 MB (nothing is loaded)
+  disk        the trainer writes safetensors, in memory-backed files where there are, and vLLM reloads them
+  one by one  a gloo broadcast for each tensor and a call of vLLM's loader, hashes and checks left out
+  load alone  vLLM loads what is in its own memory: what no way of moving can go below
+
+Times are from the start to the engine's readiness, medians in seconds. Extra memory is the peak of resident memory
+during a sync over that before it, trainer and bridge, in buckets.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, cast
+
+from benchmarks.sync_parts import WAYS, bridge_main, engine_main, trainer_main, write_model
+from bridge.transport.gloo import free_port
+
+HOST = "127.0.0.1"
+
+
+def measure(model: str, bucket_mb: float, repetitions: int, folder: Path) -> dict[str, Any]:
+    """Seconds of every way, and extra memory."""
+    context = multiprocessing.get_context("spawn")
+    job = {
+        "model": str(folder / model),
+        "scratch": str(folder),
+        "bucket_bytes": int(bucket_mb * (1 << 20)),
+        "repetitions": repetitions,
+        "ports": [free_port(HOST) for _ in range(3)],
+    }
+    results = context.SimpleQueue()
+    mains = (trainer_main, bridge_main, engine_main)
+    parts = [context.Process(target=part, args=(job, results), name=part.__name__) for part in mains]
+    for part in parts:
+        part.start()
+    waiting = {part.sentinel: part for part in parts}
+    while waiting:
+        for sentinel in wait(list(waiting)):
+            part = waiting.pop(cast(int, sentinel))
+            part.join()
+            if part.exitcode:
+                for other in parts:
+                    other.kill()
+                raise SystemExit(f"{part.name} ended with {part.exitcode}")
+    found: dict[str, Any] = {}
+    while not results.empty():
+        found |= results.get()
+    return found
+
+
+def row(model: str, bucket_mb: float, found: dict[str, Any]) -> str:
+    """A row of the table."""
+    seconds = {way: statistics.median(found[way]) for way in WAYS}
+    ours = seconds["ours"]
+    ratios = [f"{seconds[way]:.2f} ({ours / seconds[way]:.2f})" for way in WAYS[1:]]
+    cells = [
+        model,
+        f"{bucket_mb:g}",
+        f"{found['nbytes'] / 1e9:.2f}",
+        f"{found['buckets']}",
+        f"{ours:.2f}",
+        *ratios,
+        f"{statistics.median(found['hash_seconds']):.3f}",
+        f"{found['trainer_extra'] / found['largest_bucket']:.2f}",
+        f"{found['bridge_extra'] / found['largest_bucket']:.2f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def emit(text: str) -> None:
+    """Show it at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", nargs="+", default=["smollm2", "dense-1b"])
+    parser.add_argument("--bucket_size_mb", nargs="+", type=float, default=[4.0, 16.0, 64.0])
+    parser.add_argument("--repetitions", type=int, default=7)
+    options = parser.parse_args(arguments)
+    emit(
+        "| model | bucket MB | GB | buckets | ours s | broadcast (ratio) | disk | one by one | load alone | "
+        "hash s | trainer extra | bridge extra |\n" + "|---" * 12 + "|"
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for model in options.model:
+            write_model(model, folder / model)
+            for bucket_mb in options.bucket_size_mb:
+                found = measure(model, bucket_mb, options.repetitions, folder)
+                emit(row(model, bucket_mb, found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""The receiving end of a sync inside a vLLM worker, on any transport."""
+
+import queue
+import threading
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
+
+from bridge.assembler import Assembler
+from bridge.sync_plan import SyncPlan, from_wire, unit_of
+from bridge.sync_protocol import WorkerReport, decode_header, empty_header, encode_report
+from bridge.transport.base import Group, TransportError, naming
+from bridge.transport.vllm_fixes import (
+    abort_layerwise_reload,
+    prepack_experts_on_update,
+    repack_tied_lm_head,
+    require_written_for,
+    unloaded_layers,
+    waiting_layers,
+)
+
+# Received and not yet loaded; one more is being received.
+_AHEAD = 1
+
+
+@dataclass(kw_only=True)
+class SyncInitInfo(WeightTransferInitInfo):
+    """All that is known before the first update. The sender is rank 0 and listens at `host:port`."""
+
+    host: str
+    port: int
+    rank_offset: int
+    """Rank in the group of this engine's first worker."""
+    world_size: int
+    timeout_s: float
+    plan: dict[str, Any] = field(repr=False)
+    """From `bridge.sync_plan.to_wire`; every update follows it."""
+    peers: list[str]
+    """What to call the ranks in messages."""
+    partial: bool = False
+    """Updates may leave out units that did not change."""
+
+
+@dataclass(kw_only=True)
+class SyncUpdateInfo(WeightTransferUpdateInfo):
+    """One update; the version must be the one that the sender names."""
+
+    version: int
+
+
+class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
+    """Receives the buckets of an update, checks every part, and loads unit by unit.
+
+    A failed update leaves no open reload behind and closes the group, so that the sender fails at once
+    instead of at its timeout; the weights are then a mixture until a full update has succeeded.
+    """
+
+    init_info_cls = SyncInitInfo
+    update_info_cls = SyncUpdateInfo
+    supports_draft_weight_update = False
+
+    def __init__(self, *args: Any) -> None:
+        require_written_for()
+        super().__init__(*args)
+        self._group: Group | None = None
+        self._rank = 0
+        self._plan: SyncPlan
+        self._partial = False
+        self._layers_of: dict[str, set[str]] = {}
+
+    @abstractmethod
+    def _connect(self, info: SyncInitInfo, rank: int) -> Group:
+        """Join the group of the sender. Raises TransportError."""
+
+    def init_transfer_engine(self, init_info: SyncInitInfo) -> None:
+        """Join the group, leaving an earlier one. Raises TransportError, or SyncPlanError naming a tensor."""
+        self.shutdown()
+        self._plan = from_wire(init_info.plan)
+        self._partial = init_info.partial
+        parallel = self.parallel_config
+        self._rank = (
+            init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        )
+        self._group = self._connect(init_info, self._rank)
+
+    def start_weight_update(self) -> None:
+        """Open a layerwise reload of the model."""
+        if current_platform.is_cpu():
+            prepack_experts_on_update(self.model)
+        try:
+            initialize_layerwise_reload(self.model)
+        except BaseException:
+            abort_layerwise_reload(self.model)
+            raise
+
+    def receive_weights(self, update_info: SyncUpdateInfo) -> None:
+        """Receive, check and load all buckets, and tell the sender what came.
+
+        Raises ContentError or TransportError naming tensors, and layers that are not complete. Completeness is
+        checked here and not in finish_weight_update, because vLLM 0.32 can start another update only if this
+        method, not that one, is where the last one failed.
+        """
+        try:
+            self._receive(update_info.version)
+        except BaseException:
+            abort_layerwise_reload(self.model)
+            self.shutdown()
+            raise
+
+    def finish_weight_update(self) -> None:
+        """Process what waited for the end: attention, padding, shared matrices."""
+        finalize_layerwise_reload(self.model, self.model_config)
+        if current_platform.is_cpu():
+            repack_tied_lm_head(self.model)
+
+    def shutdown(self) -> None:
+        """Leave the group."""
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
+    def _receive(self, version: int) -> None:
+        where = f"weights of version {version}"
+        if self._group is None:
+            raise TransportError(f"{where}: no group; init_weights comes first")
+        header = empty_header(len(self._plan.units))
+        self._group.broadcast(header, 0)
+        order, units = decode_header(header, self._plan.units)
+        if order.version != version:
+            raise TransportError(f"{where}: the sender is at version {order.version}")
+        if not order.full and not self._partial:
+            raise TransportError(
+                f"{where}: {len(units)} of {len(self._plan.units)} units came; all were agreed"
+            )
+        assembler = Assembler(self._plan, units)
+        loaded = 0
+        group, plan = self._group, self._plan
+        numbers = plan.buckets_of(units)
+        receive = (partial(self._receive_bucket, group, plan.buckets[number].nbytes) for number in numbers)
+        for number, buffer in zip(numbers, _ahead(receive), strict=True):
+            place = f"{where}, bucket {number} of {len(self._plan.buckets)}"
+            with naming(place):
+                for weights in assembler.add(number, buffer, with_hashes=order.hashes(number)):
+                    self._load_unit(weights)
+                    loaded += len(weights)
+        if assembler.missing:
+            raise TransportError(f"{where}: these did not come whole: {', '.join(assembler.missing[:8])}")
+        self._check_complete(where, None if order.full else units)
+        report = WorkerReport(version=version, tensors=loaded, digest=assembler.digest)
+        self._group.send(encode_report(report), 0)
+
+    def _receive_bucket(self, group: Group, nbytes: int) -> torch.Tensor:
+        """A bucket in new memory: until its layer is complete, vLLM keeps views of what it was given."""
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        group.broadcast(buffer, 0)
+        return buffer
+
+    def _check_complete(self, where: str, units: Sequence[str] | None) -> None:
+        """Every layer of these units must have all its weights; of all layers without `units`."""
+        expected = None
+        if units is not None:
+            expected = set[str]().union(*(self._layers_of[unit] for unit in units))
+        missing = unloaded_layers(self.model, expected)
+        if missing:
+            raise TransportError(
+                f"{where}: {len(missing)} layers are not complete: {', '.join(missing[:8])}; the plan must have "
+                "all tensors of the model"
+            )
+
+    def _load_unit(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        unit = unit_of(weights[0][0])
+        if not self._partial or unit in self._layers_of:
+            self._load(weights)
+            return
+        # Which layers a unit fills shows the first time; an update without it then expects nothing of them.
+        before = waiting_layers(self.model)
+        self._load(weights)
+        after = waiting_layers(self.model)
+        self._layers_of[unit] = {name for name, numel in before.items() if after.get(name) != numel}
+
+    def _load(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        taken: list[str] = []
+
+        def watched(pairs: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in pairs:
+                taken.append(name)
+                yield name, tensor
+
+        try:
+            cast(Any, self.model).load_weights(watched(weights))
+        # The loader is the model's own code: it raises whatever it likes, mostly without naming the tensor.
+        except Exception as error:
+            last = taken[-1] if taken else "the first tensor"
+            raise TransportError(f"vLLM refused {last}: {error!r}") from error
+
+
+def _ahead(calls: Iterable[Callable[[], torch.Tensor]]) -> Iterator[torch.Tensor]:
+    """What each call returns, in order; a thread makes the next one while the last result is worked on.
+
+    A reader that stops early stops the thread, at the latest when the call that it is in returns.
+    """
+    full: queue.Queue[torch.Tensor | Exception | None] = queue.Queue(_AHEAD)
+    stopped = threading.Event()
+
+    def work() -> None:
+        try:
+            for call in calls:
+                full.put(call())
+                if stopped.is_set():
+                    return
+            full.put(None)
+        # Raised again by the reader.
+        except Exception as error:  # noqa: BLE001
+            full.put(error)
+
+    thread = threading.Thread(target=work, name="receive-weights", daemon=True)
+    thread.start()
+    try:
+        while (got := full.get()) is not None:
+            if isinstance(got, Exception):
+                raise got
+            yield got
+    finally:
+        stopped.set()
+        while thread.is_alive():
+            # It may wait for room.
+            if not full.empty():
+                full.get()
+            thread.join(0.05)

@@ -1,0 +1,161 @@
+"""Engines that die: who notices, who takes their work, who replaces them. Ray actors without vLLM in them."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from actors import engine_group
+from actors.engine_group import EngineGroup
+from actors.engine_pool import EngineLostError, EnginePool, Member
+from algorithms.data import Group, Prompt, SamplingSettings
+from configs.errors import BasculeError
+from tests.actors.engine_helpers import prompt, settings
+
+pytestmark = pytest.mark.engine
+pytest_plugins = ("tests.actors.engine_fixtures",)
+
+
+class Engine:
+    """Answers with its process id in place of rollouts, after a second when more than 12 tokens are asked for."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+
+    async def start(self) -> int:
+        if (self._folder / "cannot-start").exists():
+            raise BasculeError("no weights")
+        return os.getpid()
+
+    async def watch(self) -> None:
+        while not (self._folder / f"core-dead-{os.getpid()}").exists():
+            await asyncio.sleep(0.05)
+        raise BasculeError("its core is gone")
+
+    async def generate(self, one: Prompt, sampling: SamplingSettings) -> Group:
+        if one.id == "p13":
+            raise BasculeError("a prompt that no engine takes")
+        deadline = time.monotonic() + (1.0 if sampling.max_tokens > 12 else 0.0)
+        while time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+            if (self._folder / f"core-dead-{os.getpid()}").exists():
+                raise BasculeError("vLLM failed: EngineDeadError")
+        return Group(prompt=one, rollouts=(os.getpid(),))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture
+def made(ray_cluster: str, tmp_path: Path) -> Iterator[Any]:
+    actors: list[Any] = []
+
+    def make(index: int) -> Any:
+        kind: Any = ray.remote(Engine).options(num_cpus=0, max_concurrency=100)
+        actors.append(kind.remote(str(tmp_path)))
+        return actors[-1]
+
+    yield make
+    for actor in actors:
+        ray.kill(actor)
+
+
+def group_of(
+    make: Any, count: int = 2, recoveries: int = 2, replace: bool = True
+) -> tuple[EngineGroup, list[int]]:
+    pool = EnginePool(
+        [make(index) for index in range(count)],
+        make,
+        start_timeout_s=30,
+        max_recoveries=recoveries,
+    )
+    group = EngineGroup(pool, room=2, timeout_s=30)
+    refs = group.start()
+    group.ready(refs, 30)
+    return group, ray.get(refs)
+
+
+def until(condition: Any, seconds: float = 10.0) -> float:
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+def test_a_death_while_idle_is_noticed_within_seconds_and_another_is_started(made: Any) -> None:
+    group, pids = group_of(made)
+    os.kill(pids[1], signal.SIGKILL)
+    assert until(lambda: group.pool.members("up") == group.pool.members("up")[:1]) < 5
+    assert [member.index for member in group.members] == [0]
+    until(lambda: group.pool.members("new"))
+    (new,) = group.pool.members("new")
+    assert (new.index, new.incarnation) == (1, 1)
+    assert not group.pool.is_current(Member(index=1, incarnation=0, actor=new.actor))
+    # It samples once it was given weights.
+    given: list[Member] = []
+
+    def give(member: Member) -> None:
+        given.append(member)
+        group.pool.admit(member)
+
+    group.welcome_with(give)
+    answers = list(group.generate((prompt(i), settings(max_tokens=13)) for i in range(4)))
+    assert given == [new]
+    assert len({answer.rollouts[0] for answer in answers}) == 2
+    assert pids[1] not in {answer.rollouts[0] for answer in answers}
+    group.close()
+
+
+@pytest.mark.parametrize("how", ["process", "core"])
+def test_what_a_lost_engine_was_doing_is_done_by_others(made: Any, tmp_path: Path, how: str) -> None:
+    group, pids = group_of(made)
+    requests = [(prompt(index), settings(max_tokens=20)) for index in range(6)]
+    answers: list[Group] = []
+    for answer in group.generate(iter(requests)):
+        if not answers:
+            if how == "process":
+                os.kill(pids[0], signal.SIGKILL)
+            else:
+                (tmp_path / f"core-dead-{pids[0]}").touch()
+        answers.append(answer)
+    assert sorted(answer.prompt.id for answer in answers) == [f"p{index}" for index in range(6)]
+    assert group.pool.recoveries == 1
+    # Nothing is left over, and all are at work again.
+    assert group._room.in_flight == (0, 0)
+    assert [member.incarnation for member in group.members] == [1, 0]
+    group.close()
+
+
+def test_an_error_of_an_engine_that_lives_is_raised(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_group, "_NOTICE_S", 0.5)
+    group, _ = group_of(made, count=1)
+    with pytest.raises(BasculeError, match="a prompt that no engine takes"):
+        list(group.generate([(prompt(13), settings())]))
+    assert group.pool.recoveries == 0
+    group.close()
+
+
+def test_without_engines_the_error_says_why_each_was_lost(made: Any, tmp_path: Path) -> None:
+    group, pids = group_of(made, count=1)
+    (tmp_path / "cannot-start").touch()
+    os.kill(pids[0], signal.SIGKILL)
+    with pytest.raises(EngineLostError, match=r"no engine is left: engine 0: .*; then .*no weights"):
+        list(group.generate([(prompt(0), settings(max_tokens=20))]))
+    group.close()
+
+
+def test_engines_are_not_replaced_more_often_than_allowed(made: Any) -> None:
+    group, pids = group_of(made, recoveries=1)
+    os.kill(pids[0], signal.SIGKILL)
+    until(lambda: group.pool.members("new"))
+    os.kill(pids[1], signal.SIGKILL)
+    until(lambda: not group.pool.members("up"))
+    time.sleep(0.5)
+    assert not group.pool.members("starting")
+    answers = list(group.generate((prompt(i), settings()) for i in range(2)))
+    assert {answer.rollouts[0] for answer in answers}.isdisjoint(pids)
+    group.close()
