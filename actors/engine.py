@@ -98,6 +98,7 @@ class Engine:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
             await self._llm.update_weight_version(str(self._version))
             self._processes = EngineProcesses(await self._llm.collective_rpc("process_id"))
+            self._processes.drop_names_of_shared_memory()
             # It is asked for once, and no prompt is to wait for it.
             await self._llm.get_supported_tasks()
         except Exception as error:

@@ -24,7 +24,7 @@ from configs.schema import RunConfig
 # How often a wait for completions looks after lost and new engines.
 _LOOK_S = 1.0
 # An engine's death is noticed later than the failure of what it was doing.
-_NOTICE_S = 4.0
+_NOTICE_S = 2.5
 
 Request = tuple[Prompt, SamplingSettings]
 
@@ -116,7 +116,7 @@ class EngineGroup:
         return self.pool.members("up")
 
     def pause(self, members: Sequence[Member] | None = None, mode: str = "keep") -> int:
-        """Stop engines, by default all, between two tokens; returns how many prompts are in flight."""
+        """Stop engines, by default all, between two tokens; returns how many completions are in flight."""
         members = self.members if members is None else members
         return sum(self.wait(members, [m.actor.pause.remote(mode) for m in members], "pause of engines"))
 

@@ -69,6 +69,7 @@ class EnginePool:
         ]
         self._watched: dict[Any, Member] = {}
         self._closed = threading.Event()
+        self._watching: threading.Thread | None = None
         self.recoveries = 0
 
     def __len__(self) -> int:
@@ -89,7 +90,8 @@ class EnginePool:
         """Notice losses from now on. The engines have to be started."""
         for member in self.members("up"):
             self._watched[member.actor.watch.remote()] = member
-        threading.Thread(target=self._look, name="watch-engines", daemon=True).start()
+        self._watching = threading.Thread(target=self._look, name="watch-engines", daemon=True)
+        self._watching.start()
 
     def admit(self, member: Member) -> None:
         """A new engine has its weights."""
@@ -157,6 +159,8 @@ class EnginePool:
     def close(self) -> None:
         """Stop watching. Call it before leaving Ray, which a late call would start again."""
         self._closed.set()
+        if self._watching is not None:
+            self._watching.join()
 
     def _look(self) -> None:
         while not self._closed.is_set():

@@ -3,6 +3,7 @@
 import multiprocessing
 from collections.abc import Iterable
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import psutil
 
@@ -21,6 +22,18 @@ class EngineProcesses:
         """The core's first, then those of the workers by rank."""
         cores = [core.pid for core in self._cores if core.pid is not None]
         return (*cores, *(worker.pid for worker in self._workers))
+
+    def drop_names_of_shared_memory(self) -> None:
+        """Unlink what the processes share once all have opened it: the memory then ends with the last of them.
+
+        Python's resource tracker would do it at the end, but Ray kills it together with a killed actor, and the
+        queues of several workers would stay in /dev/shm for ever.
+        """
+        for pid in self.pids:
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                _, slash, name = line.partition("/dev/shm/psm_")
+                if slash and not name.endswith("(deleted)"):
+                    Path(slash + name).unlink(missing_ok=True)
 
     def lost(self) -> str | None:
         """Which process has ended, and how where that is known; None while all live."""

@@ -47,6 +47,8 @@ _EXPECTED = (
     "(Transformer Engine and )?Apex (is|are) not installed",
     # Megatron warns about its own default, and then takes what it advises.
     "full scope is deprecated",
+    # Of experts, whose own tensor-parallel size may be 1.
+    "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
 )
 """Beginnings of Megatron's warnings that say nothing new on a machine without CUDA."""
 

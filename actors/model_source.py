@@ -43,8 +43,6 @@ class ModelSize:
     """How many of them are in experts that a router chooses from; 0 where nothing says so."""
     nbytes: int
     """Size of all tensors in the types that they are stored in."""
-    largest: int
-    """Elements of the largest tensor; 0 where nothing says so."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,14 +133,13 @@ def model_size(source: ModelSource, tensors: Mapping[str, TensorInfo] | None) ->
         assert source.mcore is not None, "a source without tensors is a torch_dist checkpoint"
         nbytes = sum(path.stat().st_size for path in find_iteration(source.mcore).glob("*.distcp"))
         # Two bytes each, if nothing but weights is in there.
-        return ModelSize(num_parameters=nbytes // 2, num_in_experts=0, nbytes=nbytes, largest=0)
+        return ModelSize(num_parameters=nbytes // 2, num_in_experts=0, nbytes=nbytes)
     counts = {name: math.prod(info.shape) for name, info in tensors.items()}
     return ModelSize(
         num_parameters=sum(counts.values()),
         # Experts that every token passes are called shared_experts, and are split like other layers.
         num_in_experts=sum(count for name, count in counts.items() if ".experts." in name),
         nbytes=sum(info.nbytes for info in tensors.values()),
-        largest=max(counts.values()),
     )
 
 

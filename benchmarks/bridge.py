@@ -58,7 +58,7 @@ def measure(model: str, ranks: int, folder: Path, repetitions: int) -> list[str]
         "scratch": str(folder),
         "repetitions": repetitions,
         "result": str(result),
-        "create": False,
+        "create": None,
     }
     run([job | {"rank": rank} for rank in range(ranks)])
     found = [json.loads(Path(f"{result}.{rank}").read_text()) for rank in range(ranks)]
@@ -82,9 +82,9 @@ def describe(layout: dict[str, int]) -> str:
 
 def create(model: str, folder: Path) -> None:
     """Write the model to `folder`/`model`."""
-    directory = folder / model
-    if prepare(model, directory):
-        job = {"world_size": 1, "rank": 0, "layout": {}, "directory": str(directory), "create": True}
+    directory, config = folder / model, folder / f"{model}-config"
+    if prepare(model, directory, config):
+        job = {"world_size": 1, "rank": 0, "layout": {}, "directory": str(config), "create": str(directory)}
         run([job | {"result": str(folder / f"create-{model}")}])
 
 

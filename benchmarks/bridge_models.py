@@ -50,17 +50,16 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def prepare(model: str, directory: Path) -> bool:
-    """Make `directory` with a config; returns whether its weights are still to be written.
+def prepare(model: str, directory: Path, config: Path) -> bool:
+    """Copy SmolLM2 to `directory` where `make model-smollm2` has made it.
 
-    SmolLM2 is copied whole where `make model-smollm2` has made it.
+    Else make the directory `config` with a config.json; returns whether a model is still to be made of it.
     """
     if model == "smollm2" and REAL_SMOLLM2.is_dir():
         shutil.copytree(REAL_SMOLLM2, directory)
         return False
-    directory.mkdir()
-    config = _CONFIGS[model] | {"dtype": "bfloat16"}
-    (directory / "config.json").write_text(json.dumps(config))
+    config.mkdir()
+    (config / "config.json").write_text(json.dumps(_CONFIGS[model] | {"dtype": "bfloat16"}))
     return True
 
 

@@ -1,8 +1,8 @@
 """One rank of the bridge's benchmark: loads and saves, alternating with raw reads and writes of as many bytes.
 
 python -m benchmarks.bridge_worker JOB_JSON. The job says rank, world_size, layout, directory (of the model),
-scratch (where it is saved), repetitions and result (the file for the measurements); with `create` the model is
-written, of random weights, and nothing is measured.
+scratch (where it is saved), repetitions and result (the file for the measurements); with `create`, a directory, a
+model of random weights is written there and nothing is measured.
 """
 
 import ctypes
@@ -35,13 +35,14 @@ _MOST_AT_ONCE = 1 << 30
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Seconds until the last rank is through, all starting together."""
+    """Seconds from when the first rank begins until the last one is through."""
     dist.barrier()
-    start = time.perf_counter()
+    # One clock for all processes of a machine. With more ranks than cores not all begin at once.
+    start = time.monotonic()
     action()
-    elapsed = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-    dist.all_reduce(elapsed, dist.ReduceOp.MAX)
-    return elapsed.item()
+    times = torch.tensor([-start, time.monotonic()], dtype=torch.float64)
+    dist.all_reduce(times, dist.ReduceOp.MAX)
+    return times.sum().item()
 
 
 def extra_memory(action: Callable[[], object]) -> int:
@@ -91,8 +92,8 @@ def raw_write(path: Path, total: int, skip: int, buffer: torch.Tensor) -> None:
 
 
 def fill(parameters: dict[str, torch.Tensor]) -> None:
-    """Random weights, quickly: the same million over and over."""
-    block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    """Random weights of the size of a model's, quickly: the same million over and over."""
+    block = 0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
     for parameter in parameters.values():
         for part in parameter.detach().view(-1).split(len(block)):
             part.copy_(block[: len(part)])
@@ -140,7 +141,7 @@ def main(job: dict[str, Any]) -> None:
     )
     fill(named_parameters(chunks))
     if job["create"]:
-        bridge.save(chunks, job["directory"])
+        bridge.save(chunks, job["create"])
     else:
         result = Path(f"{job['result']}.{job['rank']}")
         result.write_text(json.dumps(measure(job, bridge, chunks)))

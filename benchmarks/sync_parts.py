@@ -21,7 +21,7 @@ def write_model(model: str, directory: Path) -> None:
     """A checkpoint of random weights, or the real SmolLM2 where it is."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if prepare(model, directory):
+    if prepare(model, directory, directory):
         config = AutoConfig.from_pretrained(directory)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
 

@@ -34,7 +34,7 @@ def ray_cluster() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def rigs(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rig]:
+def rigs(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Rig]]:
     """An engine for each of the three families, started side by side; by name of the family."""
     from ray.util.placement_group import placement_group
 
@@ -58,4 +58,7 @@ def rigs(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         model.save_pretrained(path)
         save_tokenizer(path)
     with ThreadPoolExecutor(len(families)) as threads:
-        return dict(zip(families, threads.map(start, range(len(families))), strict=True))
+        found = dict(zip(families, threads.map(start, range(len(families))), strict=True))
+    yield found
+    for rig in found.values():
+        rig.engines.close()

@@ -1,5 +1,6 @@
 """A vLLM engine with latent attention, against transformers on the same weights."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def make_deepseek_v3(seed: int) -> Any:
 
 
 @pytest.fixture(scope="module")
-def rig(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Rig:
+def rig(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     """One engine that has started with the model of seed 1."""
     from ray.util.placement_group import placement_group
 
@@ -84,7 +85,8 @@ def rig(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Rig:
     assert group.wait(60)
     engines = create_engines(config, str(path), group, [0])
     engines.ready(engines.start(), config.cluster.start_timeout_s)
-    return Rig(engines=engines, model=model, config=config)
+    yield Rig(engines=engines, model=model, config=config)
+    engines.close()
 
 
 def assert_samples_like(rig: Rig, model: Any) -> None:

@@ -114,8 +114,17 @@ def test_every_worker_gets_its_part_also_after_a_failed_update(rig: Rig) -> None
     assert ask(rig, "info").version == 5
 
 
-def test_its_processes_end_with_the_actor(rig: Rig) -> None:
+def shared_memory(pid: int) -> set[str]:
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return {
+        line[line.index("/dev/shm") :].removesuffix(" (deleted)") for line in lines if "/dev/shm/psm" in line
+    }
+
+
+def test_its_processes_and_what_they_share_end_with_the_actor(rig: Rig) -> None:
     info: EngineInfo = ask(rig, "info")
+    shared = shared_memory(info.child_pids[0])
+    assert len(shared) >= 3
     with ThreadPoolExecutor() as threads:
         working = threads.submit(ask, rig, "generate", prompt(1), settings(n=8, max_tokens=180, seed=1))
         while ask(rig, "info").in_flight == 0 and not working.done():
@@ -124,3 +133,4 @@ def test_its_processes_end_with_the_actor(rig: Rig) -> None:
         with pytest.raises(ActorLostError, match="generate: engine 0"):
             working.result(30)
     assert all(gone(pid) for pid in info.child_pids)
+    assert not any(Path(name).exists() for name in shared)

@@ -57,8 +57,8 @@ def config(**sections: object) -> RunConfig:
     return RunConfig.model_validate({**base, **sections})
 
 
-def size(parameters: int, experts: int = 0, nbytes: int = 0, largest: int = 0) -> ModelSize:
-    return ModelSize(num_parameters=parameters, num_in_experts=experts, nbytes=nbytes, largest=largest)
+def size(parameters: int, experts: int = 0, nbytes: int = 0) -> ModelSize:
+    return ModelSize(num_parameters=parameters, num_in_experts=experts, nbytes=nbytes)
 
 
 def test_memory_is_what_the_parts_need_written_out() -> None:
@@ -70,7 +70,7 @@ def test_memory_is_what_the_parts_need_written_out() -> None:
             grpo={"beta": 0.1},
             rollout={"kv_cache_memory_bytes": gib, "num_engines": 2},
         ),
-        size(parameters, largest=100_000_000),
+        size(parameters),
         "cpu",
     )
     owners = [each.owner for each in bundles]
@@ -78,15 +78,29 @@ def test_memory_is_what_the_parts_need_written_out() -> None:
     # Half the parameters: 2 bytes, 4 of gradient, half of 12 of optimizer state; 2 more for the reference.
     assert bundles[0].memory == gib + parameters // 2 * (2 + 4 + 6 + 2)
     assert bundles[4].memory == gib + gib // 2 + parameters * 2 * 2 + gib
-    # The largest tensor does not fit into a bucket of 64 MiB.
-    assert bundles[6].memory == gib // 2 + 3 * 100_000_000 * 2
+    # Two buckets of 64 MiB.
+    assert bundles[6].memory == gib // 2 + 2 * (64 << 20)
     assert "4 x trainer" in describe(bundles)
 
 
-def test_the_bridge_holds_three_buckets() -> None:
-    bundles = bundles_of(config(bridge={"bucket_size_mb": 2}), size(1000, largest=500), "cpu")
-    assert bundles[-2].owner == "bridge"
-    assert bundles[-2].memory == (1 << 29) + 3 * (2 << 20)
+def test_a_bridge_that_keeps_a_version_holds_all_of_it_in_its_own_bundle_or_in_rank_0() -> None:
+    parameters = 1_000_000
+    plain = bundles_of(config(), size(parameters), "cpu")
+    kept = bundles_of(config(bridge={"offload_bridge": True}), size(parameters), "cpu")
+    assert kept[-2].owner == "bridge"
+    assert kept[-2].memory == (1 << 29) + parameters * 2  # bfloat16
+    hosted = bundles_of(
+        config(bridge={"offload_bridge": True, "placement": "trainer"}), size(parameters), "cpu"
+    )
+    assert [each.owner for each in hosted] == [each.owner for each in plain if each.owner != "bridge"]
+    assert hosted[0].memory == plain[0].memory + parameters * 2
+
+
+def test_an_engine_of_two_workers_asks_for_two_of_each() -> None:
+    one = bundles_of(config(), size(1000), "cuda")[1]
+    two = bundles_of(config(rollout={"tensor_parallel_size": 2}), size(1000), "cuda")[1]
+    assert (two.owner, two.cpus, two.gpus) == ("engine", 2 * one.cpus, 2)
+    assert two.memory == one.memory + (1 << 30)
 
 
 def test_experts_are_shared_by_their_own_ranks_written_out() -> None:
@@ -113,7 +127,7 @@ def test_the_size_of_a_model_is_counted_in_its_headers(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     source = ModelSource(directory=tmp_path)
-    assert model_size(source, tensors_of(source)) == size(80 + 64 + 24 + 2, 64, 168 * 2 + 2 * 4, 80)
+    assert model_size(source, tensors_of(source)) == size(80 + 64 + 24 + 2, 64, 168 * 2 + 2 * 4)
 
 
 def test_without_a_list_of_tensors_the_files_of_a_torch_dist_checkpoint_are_counted(tmp_path: Path) -> None:

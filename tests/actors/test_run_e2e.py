@@ -1,5 +1,6 @@
 """The whole stack by its command: Ray, Megatron ranks, bridge, vLLM engines, rewards, checkpoint."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def runs(workspace: Path) -> dict[str, Finished]:
 
 
 @pytest.fixture(scope="module")
-def fresh_engines(runs: dict[str, Finished], workspace: Path, ray_cluster: str) -> dict[str, Any]:
+def fresh_engines(runs: dict[str, Finished], workspace: Path, ray_cluster: str) -> Iterator[dict[str, Any]]:
     """An engine for every run, loaded from its checkpoint."""
     from ray.util.placement_group import placement_group
 
@@ -64,7 +65,10 @@ def fresh_engines(runs: dict[str, Finished], workspace: Path, ray_cluster: str) 
         return engines
 
     with ThreadPoolExecutor(len(runs)) as threads:
-        return dict(zip(runs, threads.map(start, range(len(runs)), runs), strict=True))
+        found = dict(zip(runs, threads.map(start, range(len(runs)), runs), strict=True))
+    yield found
+    for engines in found.values():
+        engines.close()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -50,7 +50,13 @@ def config_of(path: Path, **bridge: Any) -> RunConfig:
             "data": {"dataset": "none.jsonl"},
             "rewards": [{"function": "none.py:none"}],
             "bridge": {"bucket_size_mb": 0.02, "max_recoveries": 20, **bridge},
-            "cluster": {"cpus_per_engine": 0.5, "step_timeout_s": 120, "collective_timeout_s": 60},
+            # Other tests have engines in the same Ray.
+            "cluster": {
+                "cpus_per_engine": 0.05,
+                "cpus_per_trainer_rank": 0.05,
+                "step_timeout_s": 120,
+                "collective_timeout_s": 60,
+            },
         }
     )
 
