@@ -6,6 +6,7 @@ round_trip_worker.py runs all cases of a number of processes in one start; here 
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -245,7 +246,11 @@ def test_types_and_files_of_all_kinds_go_round(
         for path in (root / (cases[name].expected or cases[name].source)).glob("*.safetensors")
         for key, tensor in load_file(path).items()
     }
-    named = sorted(key for key, tensor in stored.items() if not tensor.isfinite().all())
+    # What a layer for multi-token prediction repeats of the model is named once, by the original's name.
+    repeats = re.compile(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
+    named = sorted(
+        key for key, tensor in stored.items() if not tensor.isfinite().all() and not repeats.fullmatch(key)
+    )
     assert all(rank["not_finite"] == named for rank in ranks)
 
 
