@@ -30,7 +30,8 @@ def _tensors(directory: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     found = {
-        name: tensor.to(torch.bfloat16)
+        # A copy: pages of the file would count as memory when they are first read.
+        name: tensor.to(torch.bfloat16, copy=True)
         for path in sorted(directory.glob("*.safetensors"))
         for name, tensor in load_file(path).items()
     }
