@@ -172,7 +172,7 @@ class WeightBridge:
 
     def _connect(self, members: Sequence[Member], *, with_trainers: bool = True) -> None:
         self._joined = ()
-        host, (port,) = self._home.address(1)
+        host, port, trainer_port = self._home.address()
         meeting = Meeting(
             host=host,
             port=port,
@@ -182,7 +182,7 @@ class WeightBridge:
         )
         partial = self._settings.skip_unchanged
         joining = self._engines.meet(members, meeting, self._wire, partial)
-        refs, owners = self._home.join(meeting, with_trainers=with_trainers)
+        refs, owners = self._home.join(meeting, trainer_port if with_trainers else None)
         deadline.get_all(
             [*refs, *joining],
             [*owners, *(member.name for member in members)],

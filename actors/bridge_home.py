@@ -23,12 +23,12 @@ class BridgeHome(Protocol):
         """Make a bridge, in place of one that is lost."""
         ...
 
-    def join(self, engines: Meeting, *, with_trainers: bool) -> Started:
-        """Let the bridge join the engines' group and, with the trainers, theirs. `port` 0 is chosen by address."""
+    def join(self, engines: Meeting, trainer_port: int | None) -> Started:
+        """Let the bridge join the engines' group and, with the trainers, one at this port; None keeps theirs."""
         ...
 
-    def address(self, count: int) -> tuple[str, list[int]]:
-        """The bridge's node and free ports on it."""
+    def address(self) -> tuple[str, int, int]:
+        """The bridge's node and two different ports free on it."""
         ...
 
     def forward(self, order: SyncOrder) -> Started:
@@ -76,22 +76,21 @@ class DedicatedBridge(_Home):
             ray.kill(self._actor)
         self._actor = ray.remote(BridgeHost).options(**self._options).remote(self._plan, self._keep)
 
-    def address(self, count: int) -> tuple[str, list[int]]:
-        """The bridge's node and free ports on it."""
+    def address(self) -> tuple[str, int, int]:
+        """The bridge's node and two different ports free on it."""
         return deadline.get(
-            self._actor.address.remote(count),
+            self._actor.address.remote(),
             "bridge",
             timeout_s=self._start_timeout_s,
             phase="start of the bridge",
         )
 
-    def join(self, engines: Meeting, *, with_trainers: bool) -> Started:
-        """Let the bridge join the engines' group and, with the trainers, theirs."""
-        if not with_trainers:
+    def join(self, engines: Meeting, trainer_port: int | None) -> Started:
+        """Let the bridge join the engines' group and, with the trainers, one at this port."""
+        if trainer_port is None:
             return [self._actor.connect.remote(None, engines)], ["bridge"]
-        host, (port,) = self.address(1)
         names = self._trainers.names
-        meeting = self._meeting(host, port, names)
+        meeting = self._meeting(engines.host, trainer_port, names)
         joining = self._trainers.sync("join", [(meeting, rank + 1) for rank in range(self._trainers.size)])
         return [self._actor.connect.remote(meeting, engines), *joining], ["bridge", *names]
 
@@ -124,17 +123,16 @@ class HostedBridge(_Home):
         """Make a bridge, in place of an earlier one."""
         self._get(self._first.sync.remote("host", self._keep), "start of the bridge")
 
-    def address(self, count: int) -> tuple[str, list[int]]:
-        """The bridge's node and free ports on it."""
-        return self._get(self._first.sync.remote("call_host", "address", count), "address of the bridge")
+    def address(self) -> tuple[str, int, int]:
+        """The bridge's node and two different ports free on it."""
+        return self._get(self._first.sync.remote("call_host", "address"), "address of the bridge")
 
-    def join(self, engines: Meeting, *, with_trainers: bool) -> Started:
-        """Let the bridge join the engines' group and, with the trainers, theirs."""
-        if not with_trainers:
+    def join(self, engines: Meeting, trainer_port: int | None) -> Started:
+        """Let the bridge join the engines' group and, with the trainers, one at this port."""
+        if trainer_port is None:
             return [self._first.sync.remote("call_host", "connect", None, engines)], [self._owner]
-        host, (port,) = self.address(1)
         names = self._trainers.names[1:]
-        meeting = self._meeting(host, port, names)
+        meeting = self._meeting(engines.host, trainer_port, names)
         joining = self._trainers.sync("join", [(meeting, rank) for rank in range(1, self._trainers.size)], 1)
         return [self._first.sync.remote("connect_host", meeting, engines), *joining], [self._owner, *names]
 

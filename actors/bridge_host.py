@@ -51,22 +51,19 @@ class BridgeHost:
 
     def __init__(self, plan: SyncPlan, keep: bool) -> None:
         """`keep` holds the last complete version in memory."""
-        self._relay = Relay(plan, keep=keep)
+        self._relay = Relay(plan, keep=keep, pinned=torch.cuda.is_available())
         self._trainers: Group
         self._engines: Group
         self._ranks: tuple[int, ...]
         self._workers: tuple[str, ...]
 
-    def address(self, count: int) -> tuple[str, list[int]]:
-        """This node's address and ports free on it a moment ago."""
+    def address(self) -> tuple[str, int, int]:
+        """This node's address and two different ports free on it a moment ago."""
         host = ray.util.get_node_ip_address()
-        # Found one after the other, two could be the same.
-        ports: list[int] = []
-        while len(ports) < count:
-            port = free_port(host)
-            if port not in ports:
-                ports.append(port)
-        return host, ports
+        first = second = free_port(host)
+        while second == first:
+            second = free_port(host)
+        return host, first, second
 
     def connect(self, trainers: Meeting | None, engines: Meeting, local: LoopbackEnd | None = None) -> None:
         """Join the engines' group, and the trainers' one unless it stays; returns when all ranks are there.

@@ -81,14 +81,6 @@ def get(ref: Any, owner: str, *, timeout_s: float, phase: str) -> Any:
     return get_all([ref], [owner], timeout_s=timeout_s, phase=phase)[0]
 
 
-def wait_any(refs: Sequence[Any], owners: Sequence[str], *, timeout_s: float, phase: str) -> Any:
-    """The first of `refs` to be ready (not its result). Raises DeadlineExceededError."""
-    ready, _ = ray.wait(list(refs), num_returns=1, timeout=timeout_s)
-    if not ready:
-        raise DeadlineExceededError(f"{phase}: no answer within {timeout_s:.0f} s from {', '.join(owners)}")
-    return ready[0]
-
-
 def _result(ref: Any, owner: str, phase: str) -> Any:
     try:
         return ray.get(ref, timeout=60)

@@ -14,7 +14,7 @@ from actors import deadline
 from actors.bridge_host import Meeting
 from actors.dispatch import Room
 from actors.engine import Engine, EngineInfo
-from actors.engine_pool import EngineLostError, EnginePool, Member
+from actors.engine_pool import EnginePool, Member
 from actors.engine_settings import engine_environment
 from actors.env import resolve_device
 from algorithms.data import Group, Prompt, SamplingSettings
@@ -65,6 +65,7 @@ class EngineGroup:
         running: dict[Any, _Running] = {}
         try:
             while running or waiting:
+                self.pool.wait_for_one(self._timeout_s)
                 self._welcome()
                 self._submit(waiting, running)
                 group = self._next_group(running, waiting)
@@ -174,7 +175,6 @@ class EngineGroup:
             ray.kill(member.actor)
 
     def _welcome(self) -> None:
-        self.pool.wait_for_one(self._timeout_s)
         for member in self.pool.members("new"):
             self._give_weights(member)
 
@@ -182,8 +182,7 @@ class EngineGroup:
         """Wait for engines on their way, so that nobody is given weights while the trainer makes new ones."""
         while self.pool.members("starting", "new"):
             time.sleep(0.1)
-            for member in self.pool.members("new"):
-                self._give_weights(member)
+            self._welcome()
 
     def _submit(self, waiting: "_Requests", running: dict[Any, _Running]) -> None:
         members = {member.index: member for member in self.pool.members("up")}
@@ -222,8 +221,6 @@ class EngineGroup:
                 self.pool.lost(member, error)
             elif not self.pool.noticed(member, _NOTICE_S):
                 raise
-            if self.pool.is_hopeless(member) and not self.pool.members("up", "new", "starting"):
-                raise EngineLostError(f"{work.owner}: {error}") from error
             waiting.again(work.request)
             return None
 

@@ -80,12 +80,6 @@ class EnginePool:
         with self._lock:
             return tuple(slot.member for slot in self._slots if slot.state in states)
 
-    def is_current(self, member: Member) -> bool:
-        """Whether this is still the engine of its number, and not lost."""
-        with self._lock:
-            slot = self._slots[member.index]
-            return slot.member == member and slot.state in ("up", "new")
-
     def watch(self) -> None:
         """Notice losses from now on. The engines have to be started."""
         for member in self.members("up"):
@@ -150,11 +144,6 @@ class EnginePool:
                     causes = "; ".join(f"{slot.member.name}: {slot.why}" for slot in self._slots)
                     raise EngineLostError(f"no engine is left: {causes}")
                 self._lock.wait(left)
-
-    def is_hopeless(self, member: Member) -> bool:
-        """Whether the engine of this number is lost for good."""
-        with self._lock:
-            return self._slots[member.index].state == "failed"
 
     def close(self) -> None:
         """Stop watching. Call it before leaving Ray, which a late call would start again."""

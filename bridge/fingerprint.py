@@ -38,9 +38,9 @@ def device_fingerprint(data: torch.Tensor) -> int:
 
 def _factors(start: int, count: int, device: torch.device) -> torch.Tensor:
     """An odd number for each position: the finalizer of splitmix64 on the counter."""
-    x = (torch.arange(start, start + count, dtype=torch.int64, device=device) + 1) * _signed(_MIX)
+    x = (torch.arange(start, start + count, dtype=torch.int64, device=device) + 1) * signed(_MIX)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ _shifted(x, shift)) * _signed(factor)
+        x = (x ^ _shifted(x, shift)) * signed(factor)
     return (x ^ _shifted(x, 31)) | 1
 
 
@@ -49,5 +49,6 @@ def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
+    """The int64 with the same bits as an unsigned number of 64 bits."""
     return value - (1 << 64) if value >= 1 << 63 else value

@@ -73,16 +73,14 @@ class Relay:
         self._kept = None
         units = self._units if order.full else self._changed_units(trainers, ranks)
         numbers = self._plan.buckets_of(units)
-        with naming(f"weights of version {order.version}, header"):
-            engines.broadcast(encode_header(order, self._units, units), 0)
+        self._announce(engines, order, units)
         waiting = broadcasting = 0.0
         digest = xxhash.xxh3_64()
         before = time.monotonic()
         for number, buffer in self._received(trainers, numbers, ranks, order):
             waiting += time.monotonic() - before
             before = time.monotonic()
-            with naming(self._where(order, number)):
-                engines.broadcast(buffer, 0)
+            self._broadcast(engines, order, number, buffer)
             broadcasting += time.monotonic() - before
             before = time.monotonic()
             self._note_hashes(number, buffer, order, digest)
@@ -109,12 +107,10 @@ class Relay:
         if self._kept is None:
             raise NoCopyError("the bridge keeps no complete version of the weights (bridge.offload_bridge)")
         order = self._kept
-        with naming(f"weights of version {order.version}, header"):
-            engines.broadcast(encode_header(order, self._units, self._units), 0)
+        self._announce(engines, order, self._units)
         digest = xxhash.xxh3_64()
         for number, buffer in enumerate(self._memory):
-            with naming(self._where(order, number)):
-                engines.broadcast(buffer, 0)
+            self._broadcast(engines, order, number, buffer)
             self._note_hashes(number, buffer, order, digest)
         self._check_reports(engines, order, digest.intdigest(), workers)
         return order.version
@@ -140,6 +136,14 @@ class Relay:
             )
             for info in self._plan.tensors
         ]
+
+    def _announce(self, engines: Group, order: SyncOrder, units: Sequence[str]) -> None:
+        with naming(f"weights of version {order.version}, header"):
+            engines.broadcast(encode_header(order, self._units, units), 0)
+
+    def _broadcast(self, engines: Group, order: SyncOrder, number: int, buffer: torch.Tensor) -> None:
+        with naming(self._where(order, number)):
+            engines.broadcast(buffer, 0)
 
     def _changed_units(self, trainers: Group, ranks: Sequence[int]) -> tuple[str, ...]:
         """Ask every rank which units changed, tell all of them the union."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from bridge.fingerprint import fingerprint
+from bridge.fingerprint import fingerprint, signed
 from bridge.layouts import region_shape, slices
 from bridge.plan import Plan
 from bridge.sync_plan import Message, SyncPlan, sources, unit_of
@@ -46,13 +46,11 @@ class Sender:
 
         Without hashes zeros are in their place.
         """
-        message = self._messages[number]
-        buffer = self._buffer[: message.nbytes]
-        self._fill(number, buffer)
+        message, buffer = self._messages[number], self._filled(number)
         hashes = buffer[message.hashes_at - message.start :].view(torch.int64)
         if with_hashes:
             self._delivered[number] = self._hashes(number, buffer)
-            hashes.copy_(torch.tensor([_signed(value) for value in self._delivered[number]]))
+            hashes.copy_(torch.tensor([signed(value) for value in self._delivered[number]]))
         else:
             hashes.zero_()
         return buffer
@@ -64,9 +62,7 @@ class Sender:
         """
         changed: set[str] = set()
         for number, message in self._messages.items():
-            buffer = self._buffer[: message.nbytes]
-            self._fill(number, buffer)
-            hashes = self._hashes(number, buffer)
+            hashes = self._hashes(number, self._filled(number))
             before = self._delivered.get(number)
             changed |= {
                 unit_of(part.info.name)
@@ -75,13 +71,15 @@ class Sender:
             }
         return changed
 
-    def _fill(self, number: int, buffer: torch.Tensor) -> None:
+    def _filled(self, number: int) -> torch.Tensor:
         message = self._messages[number]
+        buffer = self._buffer[: message.nbytes]
         for part, (piece, box) in zip(message.parts, self._cuts[number], strict=True):
             value = piece.get(self._parameters[piece.parameter])[slices(box)]
             start = part.start - message.start
             place = buffer[start : start + part.nbytes].view(part.info.dtype)
             place.view(region_shape(part.region)).copy_(value)
+        return buffer
 
     def _hashes(self, number: int, buffer: torch.Tensor) -> tuple[int, ...]:
         message = self._messages[number]
@@ -90,7 +88,3 @@ class Sender:
             fingerprint(buffer[start : start + part.nbytes])
             for start, part in zip(starts, message.parts, strict=True)
         )
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value

@@ -12,6 +12,7 @@ owns; a tensor of several owners, or larger than a bucket, has several, perhaps 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -121,6 +122,7 @@ class SyncPlan:
         )
 
 
+@cache
 def unit_of(name: str) -> str:
     """The module whose tensors are loaded together, because an engine fuses some of them into one parameter.
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from bridge.fingerprint import signed
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SyncOrder:
@@ -70,8 +72,8 @@ def empty_report() -> torch.Tensor:
 
 def encode_report(report: WorkerReport) -> torch.Tensor:
     """A report as bytes."""
-    digest = report.digest - (1 << 64) if report.digest >= 1 << 63 else report.digest
-    return torch.tensor([report.version, report.tensors, digest], dtype=torch.int64).view(torch.uint8)
+    words = [report.version, report.tensors, signed(report.digest)]
+    return torch.tensor(words, dtype=torch.int64).view(torch.uint8)
 
 
 def decode_report(data: torch.Tensor) -> WorkerReport:

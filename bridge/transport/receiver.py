@@ -74,7 +74,6 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
         require_written_for()
         super().__init__(*args)
         self._group: Group | None = None
-        self._rank = 0
         self._plan: SyncPlan
         self._partial = False
         self._layers_of: dict[str, set[str]] = {}
@@ -89,10 +88,8 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
         self._plan = from_wire(init_info.plan)
         self._partial = init_info.partial
         parallel = self.parallel_config
-        self._rank = (
-            init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
-        )
-        self._group = self._connect(init_info, self._rank)
+        rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        self._group = self._connect(init_info, rank)
 
     def start_weight_update(self) -> None:
         """Open a layerwise reload of the model."""

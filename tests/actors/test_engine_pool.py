@@ -94,7 +94,7 @@ def test_a_death_while_idle_is_noticed_within_seconds_and_another_is_started(mad
     until(lambda: group.pool.members("new"))
     (new,) = group.pool.members("new")
     assert (new.index, new.incarnation) == (1, 1)
-    assert not group.pool.is_current(Member(index=1, incarnation=0, actor=new.actor))
+    assert Member(index=1, incarnation=0, actor=new.actor) not in group.pool.members("up", "new")
     # It samples once it was given weights.
     given: list[Member] = []
 

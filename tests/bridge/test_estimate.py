@@ -1,30 +1,15 @@
 """The estimate against times written out by hand."""
 
 import pytest
-import torch
 
 from bridge.estimate import Links, estimate_sync
-from bridge.layouts import region_of
-from bridge.plan import Piece, Plan, TensorInfo
 from bridge.sync_plan import SyncPlan, cut_plan
+from tests.bridge.sync_plans import info, whole
 
 
 def plan_of(count: int) -> SyncPlan:
     """Buckets of 64 bytes: 56 of a tensor and 8 of its hash."""
-    infos = tuple(TensorInfo(name=f"t{n}.w", dtype=torch.float32, shape=(14,)) for n in range(count))
-    pieces = {
-        info.name: (
-            Piece(
-                tensor=info.name,
-                region=region_of(info.shape),
-                rank=0,
-                parameter=info.name,
-                local_region=region_of(info.shape),
-            ),
-        )
-        for info in infos
-    }
-    return cut_plan(Plan(tensors=infos, pieces=pieces), 56)
+    return cut_plan(whole(*(info(f"t{number}.w", 14) for number in range(count))), 56)
 
 
 @pytest.mark.parametrize(

@@ -6,23 +6,10 @@ import random
 import pytest
 import torch
 
-from bridge.layouts import Region, region_of
+from bridge.layouts import Region
 from bridge.plan import Piece, Plan, TensorInfo
 from bridge.sync_plan import SyncPlanError, cut_plan, from_wire, sources, to_wire, unit_of
-
-
-def info(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> TensorInfo:
-    return TensorInfo(name=name, dtype=dtype, shape=shape)
-
-
-def piece(name: str, rank: int, *region: tuple[int, int]) -> Piece:
-    local = tuple((0, stop - start) for start, stop in region)
-    return Piece(tensor=name, region=region, rank=rank, parameter=name, local_region=local)
-
-
-def whole(*tensors: TensorInfo) -> Plan:
-    pieces = {one.name: (piece(one.name, 0, *region_of(one.shape)),) for one in tensors}
-    return Plan(tensors=tensors, pieces=pieces)
+from tests.bridge.sync_plans import info, piece, whole
 
 
 @pytest.mark.parametrize(
