@@ -28,11 +28,39 @@ def gather_claims(
     that no rule reads.
     """
     found = try_to_claim(family, spec, parameters, tensors, place_of_this_rank())
-    with_mtp = any(name.startswith("mtp.") for name in parameters)
+    everyone, with_mtp = _exchange(found, parameters)
+    return merge_claims(family, spec, tensors, everyone, directory, with_mtp=with_mtp)
+
+
+def claim_together(
+    family: Family,
+    spec: MegatronSpec,
+    parameters: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, TensorInfo],
+    directory: Path,
+) -> Claims:
+    """What this rank holds of the checkpoint in `directory`, when all ranks together hold all of it.
+
+    Raises like gather_claims and check_all_read, on every rank.
+    """
+    found = try_to_claim(family, spec, parameters, tensors, place_of_this_rank())
+    # A load needs the others' names, and their many pieces take their time on the way.
+    everyone, with_mtp = _exchange(
+        replace(found, pieces=()) if isinstance(found, Claims) else found, parameters
+    )
+    claims = merge_claims(family, spec, tensors, everyone, directory, with_mtp=with_mtp)
+    check_all_read(family, spec, tensors, claims, directory, with_mtp=with_mtp)
+    assert isinstance(found, Claims), "a misfit has been raised"
+    return found
+
+
+def _exchange(
+    found: Claims | MisfitError, parameters: Iterable[str]
+) -> tuple[list[Claims | MisfitError], bool]:
+    """What all ranks found, by rank, and whether some have layers for multi-token prediction."""
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (found, with_mtp))
-    some_mtp = any(with_mtp for _, with_mtp in everyone)
-    return merge_claims(family, spec, tensors, [found for found, _ in everyone], directory, with_mtp=some_mtp)
+    dist.all_gather_object(everyone, (found, any(name.startswith("mtp.") for name in parameters)))
+    return [found for found, _ in everyone], any(with_mtp for _, with_mtp in everyone)
 
 
 def try_to_claim(
@@ -68,14 +96,20 @@ def merge_claims(
 
 
 def check_all_read(
-    family: Family, spec: MegatronSpec, tensors: Iterable[str], claims: Sequence[Claims], directory: Path
+    family: Family,
+    spec: MegatronSpec,
+    tensors: Iterable[str],
+    claims: Sequence[Claims],
+    directory: Path,
+    *,
+    with_mtp: bool,
 ) -> None:
     """Raises RuleError listing the tensors that no rank holds, that repeat no other, and are not ignored.
 
-    It names the checkpoint's `directory`.
+    It names the checkpoint's `directory`. `with_mtp`: the model has layers for multi-token prediction.
     """
     read = frozenset[str]().union(*(claim.shapes for claim in claims))
-    unread = _unread(family, spec, tensors, read, _with_mtp(claims))
+    unread = _unread(family, spec, tensors, read, with_mtp)
     if unread:
         raise RuleError(f"{directory}: {'; '.join(_about(unread))}")
 
@@ -143,7 +177,3 @@ def plan_of(
     if torch_dtype is not None:
         infos = [info if info.name in kept else replace(info, dtype=torch_dtype) for info in infos]
     return build_plan(infos, pieces, copies)
-
-
-def _with_mtp(claims: Iterable[Claims]) -> bool:
-    return any(piece.parameter.startswith("mtp.") for claim in claims for piece in claim.pieces)

@@ -1,12 +1,14 @@
-"""Moves pieces between parameters and files, and between ranks on the way.
+"""Moves pieces between parameters and files, and between ranks on the way into a file.
 
-A rank reads and writes the ranges of a file that are its own pieces. Pieces that are no range (columns of a
-row-parallel matrix) are exchanged: the ranks that share such a tensor split its rows among them for the file,
-and swap the intersections of rows and pieces. Every rank knows both sides from the plan, so no message carries
-anything but values, and all ranks pass the same tensors in the same order.
+A rank reads its own pieces by itself, and writes those that are ranges of a file. Pieces that are no range
+(columns of a row-parallel matrix) are exchanged on a save: the ranks that share such a tensor split its rows among
+them for the file, and swap the intersections of rows and pieces. Every rank knows both sides from the plan, so no
+message carries anything but values, and all ranks pass the same tensors in the same order.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
@@ -194,29 +196,29 @@ def _route(
             yield move, value(move)
 
 
-def load_pieces(
-    parameters: Mapping[str, torch.Tensor],
-    reader: Reader,
-    pieces: Iterable[Piece],
-    claims: Iterable[Piece],
-    rank: int,
-    bucket_bytes: int,
-) -> None:
-    """Read this rank's `pieces` into its parameters; `claims` are all ranks' pieces.
+def reading_threads(device: torch.device) -> int:
+    """How many threads a rank reads with: two, where the machine has the cores for it."""
+    ranks = torch.cuda.device_count() if device.type == "cuda" else dist.get_world_size()
+    return 2 if len(os.sched_getaffinity(0)) >= 2 * ranks else 1
 
-    Every rank must call it. Rows of tensors that are split by columns are read by the ranks that share
-    them and exchanged, at most `bucket_bytes` at a time, so that no byte is read twice by a replica.
+
+def load_pieces(
+    parameters: Mapping[str, torch.Tensor], reader: Reader, pieces: Iterable[Piece], threads: int = 1
+) -> None:
+    """Read a rank's pieces into its parameters, in the order of the files.
+
+    The `reader` must let several threads read at once.
     """
-    whole: list[Piece] = []
-    split: list[Piece] = []
-    for piece in pieces:
-        info = reader.tensors[piece.tensor]
-        (whole if is_contiguous(piece.region, info.shape) else split).append(piece)
-    for piece in sorted(whole, key=lambda piece: (reader.position(piece.tensor), piece.region)):
-        _read_piece(reader, piece, parameters[piece.parameter])
-    # What is read, sent and received is held together; smaller batches also stay in the processor's cache.
-    for batch in _load_batches(reader, split, claims, bucket_bytes // 4):
-        _load_split(parameters, reader, batch, rank)
+    ordered = iter(sorted(pieces, key=lambda piece: (reader.position(piece.tensor), piece.region)))
+
+    def read() -> None:
+        for piece in ordered:
+            _read_piece(reader, piece, parameters[piece.parameter])
+
+    # The next of a list's iterator goes to one of them alone.
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(read) for _ in range(threads)]:
+            done.result()
 
 
 def _read_piece(reader: Reader, piece: Piece, parameter: torch.Tensor) -> None:
@@ -233,68 +235,10 @@ def _place(piece: Piece, parameter: torch.Tensor) -> torch.Tensor | None:
     The region may have a dimension of one more, for the expert; a fold may even mix dimensions.
     """
     shape, target = region_shape(piece.region), piece.target(parameter)
+    if target.shape == shape:
+        return target
     same = [side for side in shape if side > 1] == [side for side in target.shape if side > 1]
     return target.view(shape) if same else None
-
-
-def _load_batches(
-    reader: Reader, split: Iterable[Piece], claims: Iterable[Piece], bucket_bytes: int
-) -> Iterator[list[Transfer]]:
-    """The moves of tensors that are split by columns, in the same batches on all ranks that share them."""
-    names = {piece.tensor for piece in split}
-    holders: dict[str, dict[Region, list[Piece]]] = {name: {} for name in names}
-    for claim in sorted(claims, key=lambda claim: claim.rank):
-        if claim.tensor in names:
-            holders[claim.tensor].setdefault(claim.region, []).append(claim)
-    shared: dict[tuple[int, ...], list[tuple[Transfer, ...]]] = {}
-    for piece in sorted(split, key=lambda piece: (reader.position(piece.tensor), piece.region)):
-        by_region = holders[piece.tensor]
-        # Replicas come in the order of their ranks, the same one for every region.
-        replica = [claim.rank for claim in by_region[piece.region]].index(piece.rank)
-        together = [
-            claimants[replica] for region, claimants in by_region.items() if region[:-2] == _lead(piece)
-        ]
-        together.sort(key=lambda claim: claim.region)
-        ranks = tuple(sorted(claim.rank for claim in together))
-        shared.setdefault(ranks, []).append(transfers(reader.tensors[piece.tensor], together))
-    # All ranks go through the groups of ranks they belong to in one order, or two could wait for each other.
-    for ranks in sorted(shared):
-        batch: list[Transfer] = []
-        size = 0
-        for moves in shared[ranks]:
-            nbytes = sum(move.nbytes for move in moves)
-            if batch and size + nbytes > bucket_bytes:
-                yield batch
-                batch, size = [], 0
-            batch.extend(moves)
-            size += nbytes
-        yield batch
-
-
-def _load_split(
-    parameters: Mapping[str, torch.Tensor], reader: Reader, moves: Sequence[Transfer], rank: int
-) -> None:
-    mine = {move.block for move in moves if move.block.rank == rank}
-    blocks = {block: reader.read(block.tensor, block.region) for block in mine}
-    places: dict[Piece, torch.Tensor] = {}
-    folded: list[Piece] = []
-    for move in moves:
-        piece = move.piece
-        if piece.rank == rank and piece not in places:
-            place = _place(piece, parameters[piece.parameter])
-            if place is None:
-                place = torch.empty(region_shape(piece.region), dtype=move.info.dtype)
-                folded.append(piece)
-            places[piece] = place
-
-    def value(move: Transfer) -> torch.Tensor:
-        return blocks[move.block][slices(relative(move.shared, move.block.region))]
-
-    device = next(iter(parameters.values())).device
-    for move, part in _route(moves, rank, lambda move: (move.block.rank, move.piece.rank), value, device):
-        places[move.piece][slices(relative(move.shared, move.piece.region))].copy_(part)
-    for piece in folded:
-        piece.put(parameters[piece.parameter], places[piece])
 
 
 def save_pieces(

@@ -74,12 +74,12 @@ class Layout(Protocol):
 
 def region_of(shape: Shape) -> Region:
     """The region that is the whole tensor."""
-    return tuple((0, size) for size in shape)
+    return tuple([(0, size) for size in shape])
 
 
 def region_shape(region: Region) -> Shape:
     """Sizes of a region."""
-    return tuple(stop - start for start, stop in region)
+    return tuple([stop - start for start, stop in region])
 
 
 def region_numel(region: Region) -> int:
@@ -89,7 +89,7 @@ def region_numel(region: Region) -> int:
 
 def slices(region: Region) -> tuple[slice, ...]:
     """The region as an index."""
-    return tuple(slice(start, stop) for start, stop in region)
+    return tuple([slice(start, stop) for start, stop in region])
 
 
 def intersect(one: Region, other: Region) -> Region | None:

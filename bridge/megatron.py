@@ -12,6 +12,7 @@ from bridge.layouts import Column, Layout, Replicated, Shape, Shard, Vocabulary
 from bridge.plan import Piece, TensorInfo
 from bridge.rules import Family, Match, MegatronSpec, RuleError
 
+_LAYER_MODULE = re.compile(r"(module\.)*decoder\.layers\.\d+")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _MTP = re.compile(r"mtp\.layers\.(\d+)\.")
 _LOCAL_EXPERT = re.compile(r"local_experts\.(\d+)\.")
@@ -95,31 +96,37 @@ def named_parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tenso
     """
     found: dict[str, torch.Tensor] = {}
     for chunk in chunks:
-        rename = _Names(chunk)
-        for name, tensor in _tensors(chunk):
+        # Looked at once: a walk over the modules of many experts takes its time.
+        modules = dict(chunk.named_modules())
+        rename = _Names(modules)
+        for name, tensor in _tensors(chunk, modules):
             found[rename(name)] = tensor
     return found
 
 
-def _tensors(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(
+    chunk: torch.nn.Module, modules: Mapping[str, torch.nn.Module]
+) -> Iterator[tuple[str, torch.Tensor]]:
     yield from chunk.named_parameters()
-    for name, buffer in chunk.named_buffers():
-        if name.endswith("router.expert_bias"):
-            yield name, buffer
+    for path, module in modules.items():
+        if path.endswith("router"):
+            for name, buffer in module.named_buffers(path, recurse=False):
+                if name.endswith("router.expert_bias"):
+                    yield name, buffer
 
 
 class _Names:
     """Global names of one chunk's parameters."""
 
-    def __init__(self, chunk: torch.nn.Module) -> None:
+    def __init__(self, modules: Mapping[str, torch.nn.Module]) -> None:
         self._layers: dict[str, int] = {}
         self._experts: dict[str, list[int]] = {}
-        for name, module in chunk.named_modules():
-            if re.fullmatch(r"(module\.)*decoder\.layers\.\d+", name):
+        for name, module in modules.items():
+            if _LAYER_MODULE.fullmatch(name):
                 number: int = module.layer_number  # pyright: ignore[reportAssignmentType]
                 self._layers[_unwrapped(name)] = number - 1
             if name.endswith(".mlp.experts"):
-                layer = chunk.get_submodule(name.removesuffix(".experts"))
+                layer = modules[name.removesuffix(".experts")]
                 self._experts[_one_name(name)] = layer.local_expert_indices  # pyright: ignore[reportArgumentType]
 
     def __call__(self, name: str) -> str:
@@ -202,7 +209,7 @@ def claim_pieces(
 
 
 def _choose(matches: Sequence[Match], tensors: Mapping[str, TensorInfo] | None) -> Match:
-    if tensors is not None:
+    if tensors is not None and len(matches) > 1:
         for match in matches:
             if all(name in tensors for name in match.hf_names):
                 return match

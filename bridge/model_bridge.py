@@ -1,13 +1,7 @@
 """Load, export and save a live Megatron model as a Hugging Face checkpoint, on every rank together.
 
-    bridge = ModelBridge("models/qwen3")
-    bridge.load(model)                          # safetensors -> this rank's shards
-    for name, tensor in bridge.export(model):   # HF-named tensors, whole, on every rank
-        ...
-    bridge.save(model, "out")                   # shards -> safetensors, every rank writing its own ranges
-
-`model` is a Megatron module or a list of them (virtual pipeline stages); torch.distributed and Megatron's
-process groups must be set up, and every rank makes the same calls.
+README.md shows how. A `model` is a Megatron module or a list of them (virtual pipeline stages); torch.distributed
+and Megatron's process groups must be set up, and every rank makes the same calls.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,8 +16,8 @@ import torch.distributed as dist
 from bridge.assembler import Assembler
 from bridge.checkpoint import CheckpointError, CheckpointReader, all_finite
 from bridge.checkpoint_writer import CheckpointWriter
-from bridge.claims import check_all_read, config_dtype, gather_claims, implied_tensors, plan_of
-from bridge.exchange import Reader, Writer, load_pieces, save_pieces
+from bridge.claims import claim_together, config_dtype, gather_claims, implied_tensors, plan_of
+from bridge.exchange import Reader, Writer, load_pieces, reading_threads, save_pieces
 from bridge.families import spec_of
 from bridge.layouts import Region, region_of, region_shape, relative, slices
 from bridge.megatron import (
@@ -120,20 +114,16 @@ class ModelBridge:
     ) -> None:
         """Reads config.json, and the headers of the safetensors files if there are any.
 
-        `tensors` stand for headers where there are none; without either, names and shapes follow from the
-        model. Raises ConfigError or CheckpointError naming the file.
+        `tensors` say what is in the headers, which are then not read; without either, names and shapes follow
+        from the model. Raises ConfigError or CheckpointError naming the file.
         """
         self.directory = Path(directory)
         self.family, self.spec = spec_of(self.directory)
         self._bucket_bytes = bucket_bytes
         self._tensors = tensors
-        self._others: Mapping[str, TensorInfo] = {}
-        self._dequantized = False
-        if any(self.directory.glob("*.safetensors")):
+        if tensors is None and any(self.directory.glob("*.safetensors")):
             with CheckpointReader(self.directory) as reader:
                 self._tensors = dict(reader.tensors)
-                self._others = dict(reader.others)
-                self._dequantized = reader.quantized
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo] | None:
@@ -159,26 +149,24 @@ class ModelBridge:
         Raises RuleError with everything in names and shapes that does not fit before a byte of weights is
         read, and WeightError when tensors that repeat one another (tied embeddings) differ.
         """
-        rank = dist.get_rank()
         parameters = named_parameters(_chunks(model))
+        device = next(iter(parameters.values())).device
         with CheckpointReader(self.directory if directory is None else Path(directory)) as reader:
-            claims = gather_claims(self.family, self.spec, parameters, reader.tensors, reader.directory)
-            check_all_read(self.family, self.spec, reader.tensors, claims, reader.directory)
-            pieces = claims[rank].pieces
-            _zero_padding(parameters, pieces)
-            everyone = [piece for claim in claims for piece in claim.pieces]
+            claims = claim_together(self.family, self.spec, parameters, reader.tensors, reader.directory)
+            _zero_padding(parameters, claims.pieces)
             guarded = _GuardedReader(reader)
-            load_pieces(parameters, guarded, pieces, everyone, rank, self._bucket_bytes)
-            _raise_everywhere(guarded.failures, CheckpointError)
-            loaded = Loaded(bytes_read=reader.bytes_read, not_finite=_everywhere(sorted(reader.not_finite)))
-            differ = self._differing_copies(guarded, parameters, pieces)
-            _raise_everywhere(guarded.failures, CheckpointError)
-        if found := _everywhere(differ):
+            load_pieces(parameters, guarded, claims.pieces, reading_threads(device))
+            bytes_read, not_finite = reader.bytes_read, sorted(reader.not_finite)
+            differ = self._differing_copies(guarded, parameters, claims.pieces)
+        failures, not_finite, differ = _all_everywhere(guarded.failures, not_finite, differ)
+        if failures:
+            raise CheckpointError("; ".join(failures))
+        if differ:
             raise WeightError(
-                f"{reader.directory}: {'; '.join(found)}, although this kind of model shares them; if the model "
+                f"{reader.directory}: {'; '.join(differ)}, although this kind of model shares them; if the model "
                 "has a head of its own, set tie_word_embeddings: false in config.json, else remove the copy"
             )
-        return loaded
+        return Loaded(bytes_read=bytes_read, not_finite=not_finite)
 
     def not_finite(self, model: Model) -> tuple[str, ...]:
         """Names of HF tensors of which the model holds NaN or infinities, the same on every rank."""
@@ -267,7 +255,7 @@ class ModelBridge:
         naming the file.
         """
         plan = self.plan(model, torch_dtype)
-        carried = self._carried(plan)
+        carried, dequantized = self._carried(plan)
         rank = dist.get_rank()
         writer = CheckpointWriter(
             Path(directory), [*plan.tensors, *carried], max_shard_size=max_shard_size, rank=rank, key=key
@@ -280,7 +268,7 @@ class ModelBridge:
             self._carry_over(guarded, carried[rank :: dist.get_world_size()])
             writer.close()
         _raise_everywhere(guarded.failures, WriteError)
-        _on_first_rank(lambda: writer.finish(self.directory, dequantized=self._dequantized, publish=publish))
+        _on_first_rank(lambda: writer.finish(self.directory, dequantized=dequantized, publish=publish))
 
     def _unwritten(self, plan: Plan, writer: CheckpointWriter) -> list[Bucket]:
         """The buckets of which some rank has not committed its part, the same on every rank."""
@@ -295,13 +283,16 @@ class ModelBridge:
         ]
         return [buckets[number] for number in sorted(_everywhere(mine))]
 
-    def _carried(self, plan: Plan) -> list[TensorInfo]:
-        """Tensors of the checkpoint that the model does not hold; a save copies them as they are."""
+    def _carried(self, plan: Plan) -> tuple[list[TensorInfo], bool]:
+        """Tensors of the checkpoint that the model does not hold, which a save copies as they are; and whether
+        others were dequantized.
+        """
         if not any(self.directory.glob("*.safetensors")):
-            return []
+            return [], False
         held = {info.name for info in plan.tensors}
-        stored = {**(self._tensors or {}), **self._others}
-        return [info for name, info in stored.items() if name not in held]
+        with CheckpointReader(self.directory) as reader:
+            stored = {**reader.tensors, **reader.others}
+            return [info for name, info in stored.items() if name not in held], reader.quantized
 
     def _carry_over(self, writer: Writer, carried: Sequence[TensorInfo]) -> None:
         if not carried:
@@ -346,9 +337,14 @@ def _zero_padding(parameters: Mapping[str, torch.Tensor], pieces: Sequence[Piece
 
 def _everywhere(found: Sequence[T]) -> tuple[T, ...]:
     """What all ranks found, each once, in order."""
+    return _all_everywhere(found)[0]
+
+
+def _all_everywhere(*found: Sequence[T]) -> list[tuple[T, ...]]:
+    """The same of several things at once."""
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, list(found))
-    return tuple(sorted(set[T]().union(*everyone)))
+    dist.all_gather_object(everyone, found)
+    return [tuple(sorted(set[T]().union(*each))) for each in zip(*everyone, strict=True)]
 
 
 def _raise_everywhere(failures: Sequence[str], kind: type[BasculeError]) -> None:

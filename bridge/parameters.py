@@ -52,7 +52,7 @@ def check_tensors(
     parameters = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     found = try_to_claim(family, spec, parameters, tensors, _ALONE)
     claims = merge_claims(family, spec, tensors, [found], directory, with_mtp=mtp)
-    check_all_read(family, spec, tensors, claims, directory)
+    check_all_read(family, spec, tensors, claims, directory, with_mtp=mtp)
 
 
 def _under(prefix: str, parameters: Named) -> Named:

@@ -1,6 +1,6 @@
 """A model family is a table of rules and the translation of its config; the tables are made of this."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,27 @@ class Match:
     rule: Rule
     hf_names: tuple[str, ...]
     expert: int | None
+
+
+class _Pattern:
+    """A rule made ready to be filled in often: its HF names have positions in place of placeholders."""
+
+    def __init__(self, rule: Rule) -> None:
+        self._rule = rule
+        placeholders = [part for part in rule.mcore.split(".") if part in _NUMBERS]
+        self._expert = placeholders.index("{E}") if "{E}" in placeholders else None
+        self._mtp_layer = placeholders.index("{M}") if "{M}" in placeholders else None
+        positions = {name: f"{{{number}}}" for number, name in enumerate([*placeholders, "{N}"])}
+        self._names = [_fill(name, positions) for name in rule.hf]
+
+    def match(self, numbers: Sequence[int], num_layers: int) -> Match:
+        """With the numbers of a parameter's name."""
+        values = numbers if self._mtp_layer is None else [*numbers, numbers[self._mtp_layer] + num_layers]
+        return Match(
+            rule=self._rule,
+            hf_names=tuple([name.format(*values) for name in self._names]),
+            expert=None if self._expert is None else numbers[self._expert],
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,25 +122,18 @@ class Family:
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     """Endings of HF names that hold nothing to train; a save carries them over from the source."""
 
-    _by_shape: dict[str, list[Rule]] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _by_shape: dict[str, list[_Pattern]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Sort the rules by name without numbers: there are many parameters to look up."""
         for rule in self.rules:
             shape = ".".join("#" if part in _NUMBERS else part for part in rule.mcore.split("."))
-            self._by_shape.setdefault(shape, []).append(rule)
+            self._by_shape.setdefault(shape, []).append(_Pattern(rule))
 
     def matches(self, mcore_name: str, num_layers: int) -> list[Match]:
         """The alternatives for a parameter with its global name; none when no rule fits."""
         shape, numbers = _without_numbers(mcore_name)
-        found: list[Match] = []
-        for rule in self._by_shape.get(shape, ()):
-            values = dict(zip(_placeholders(rule.mcore), numbers, strict=True))
-            if "{M}" in values:
-                values["{N}"] = values["{M}"] + num_layers
-            names = tuple(_fill(name, values) for name in rule.hf)
-            found.append(Match(rule=rule, hf_names=names, expert=values.get("{E}")))
-        return found
+        return [pattern.match(numbers, num_layers) for pattern in self._by_shape.get(shape, ())]
 
     def copies_in(self, spec: MegatronSpec, hf_names: Iterable[str]) -> dict[str, str]:
         """Names among `hf_names` that repeat another tensor, and the name of that one."""
@@ -175,17 +189,17 @@ _HEAD = "lm_head.weight"
 _NUMBERS = ("{L}", "{E}", "{M}")
 
 
-def _placeholders(pattern: str) -> list[str]:
-    return [part for part in pattern.split(".") if part in _NUMBERS]
-
-
 def _without_numbers(name: str) -> tuple[str, list[int]]:
     parts = name.split(".")
-    numbers = [int(part) for part in parts if part.isdigit()]
-    return ".".join("#" if part.isdigit() else part for part in parts), numbers
+    numbers: list[int] = []
+    for position, part in enumerate(parts):
+        if part.isdigit():
+            numbers.append(int(part))
+            parts[position] = "#"
+    return ".".join(parts), numbers
 
 
-def _fill(name: str, values: Mapping[str, int]) -> str:
+def _fill(name: str, values: Mapping[str, int | str]) -> str:
     for placeholder, number in values.items():
         name = name.replace(placeholder, str(number))
     return name

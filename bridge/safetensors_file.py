@@ -5,16 +5,20 @@ The format: eight bytes (little-endian) that give the length of a JSON header, t
 mapped and copies slices, and accepts repeated names.
 """
 
+import errno
 import json
 import math
+import mmap
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bridge.layouts import Region, Shape, region_numel, region_of, region_shape
@@ -40,11 +44,19 @@ DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 """The format's names of types."""
 CHUNK_BYTES = 16 << 20
 """Most bytes that are held beside a tensor while it is read or written with a conversion."""
 
+# Runs shorter than this are copied out of the page cache: a call for each would take longer than its bytes.
+_SHORT_RUN = 64 << 10
+_WINDOW_BYTES = 8 << 20
+# What the system maps in one piece where it can.
+_ALIGNMENT = 2 << 20
+# Linux's number, which the mmap module does not have.
+_MADV_POPULATE_READ = 22
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
 _MAX_BYTES = 1 << 63
 
@@ -75,13 +87,18 @@ class SafetensorsFile:
             raise
 
     def read(self, name: str, region: Region, out: memoryview) -> int:
-        """Fill `out` with the region's bytes, run by run; returns how many bytes were asked of the system."""
+        """Fill `out` with the region's bytes; returns how many they are."""
         return sum(stop - start for start, stop in self.steps(name, region, out, len(out)))
 
     def steps(self, name: str, region: Region, out: memoryview, step_bytes: int) -> Iterator[tuple[int, int]]:
-        """The same, giving [start, stop) of `out` as soon as it is filled, at most `step_bytes` at a time."""
+        """The same, giving [start, stop) of `out` as soon as it is filled: few enough bytes to be looked at again
+        while the processor has them at hand.
+        """
         stored = self.tensors[name]
         offsets, size = runs(region, stored.info.shape, stored.info.dtype.itemsize)
+        if len(offsets) > 1 and size < _SHORT_RUN:
+            yield from self._copy_windows(stored, region, out)
+            return
         for number, offset in enumerate(offsets):
             for at in range(0, size, step_bytes):
                 start, stop = number * size + at, number * size + min(at + step_bytes, size)
@@ -91,6 +108,54 @@ class SafetensorsFile:
     def close(self) -> None:
         """Close the file; it cannot be read afterwards."""
         os.close(self._descriptor)
+
+    def _copy_windows(
+        self, stored: StoredTensor, region: Region, out: memoryview
+    ) -> Iterator[tuple[int, int]]:
+        """A region of many short runs, through mappings of a few megabytes each."""
+        shape, itemsize = stored.info.shape, stored.info.dtype.itemsize
+        # So many elements of the region that what lies between them fits the window, too.
+        most = _WINDOW_BYTES // itemsize * region_numel(region[1:]) // math.prod(shape[1:])
+        start = 0
+        for box in boxes(region, max(1, most)):
+            stop = start + region_numel(box) * itemsize
+            self._copy_window(stored, box, out[start:stop])
+            yield start, stop
+            start = stop
+
+    def _copy_window(self, stored: StoredTensor, box: Region, out: memoryview) -> None:
+        shape, itemsize = stored.info.shape, stored.info.dtype.itemsize
+        strides = [math.prod(shape[dim + 1 :]) * itemsize for dim in range(len(shape))]
+        first = stored.offset + sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
+        last = stored.offset + sum(
+            (stop - 1) * stride for (_, stop), stride in zip(box, strides, strict=True)
+        )
+        window, start = self._map(first, last + itemsize)
+        *rows, columns = region_shape(box)
+        sides = (*rows, columns * itemsize)
+        values = np.ndarray(sides, np.uint8, window, start, (*strides[:-1], 1))
+        np.copyto(np.frombuffer(out, np.uint8).reshape(sides), values)
+
+    def _map(self, start: int, stop: int) -> tuple[mmap.mmap, int]:
+        """The bytes of the file in memory, read in, and where in the mapping they begin."""
+        begin = start // _ALIGNMENT * _ALIGNMENT
+        try:
+            window = mmap.mmap(
+                self._descriptor, stop - begin, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ, offset=begin
+            )
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self._path}: ends before byte {stop}; it has shrunk since it was opened"
+            ) from error
+        try:
+            window.madvise(_MADV_POPULATE_READ)
+        except OSError as error:
+            # Before 5.14 Linux did not have it; the copy then reads what is not there yet.
+            if error.errno != errno.EINVAL:
+                raise CheckpointError(
+                    f"{self._path}: {error.strerror} between bytes {begin} and {stop}"
+                ) from error
+        return window, start - begin
 
     def _fill(self, out: memoryview, offset: int) -> None:
         while out:
@@ -122,8 +187,13 @@ class SafetensorsFile:
 
 def parse_json(path: Path, text: bytes) -> dict[str, Any]:
     """A JSON object without repeated keys. Raises CheckpointError naming the file."""
+    # JSON tells -0 from 0, and the format wants non-negative integers: a float is refused as no integer.
+    integer = _integer if b"-0" in text else None
     try:
-        value = json.loads(text.decode(), object_pairs_hook=_unique, parse_int=_integer)
+        value = json.loads(text.decode(), object_pairs_hook=_unique, parse_int=integer)
+        if b"\\u" in text:
+            # Half a surrogate pair is no name; this raises a ValueError.
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -134,14 +204,15 @@ def parse_json(path: Path, text: bytes) -> dict[str, Any]:
 def runs(region: Region, shape: Shape, itemsize: int) -> tuple[Sequence[int], int]:
     """Where a region's contiguous runs begin within its tensor, in row-major order, and their size: in bytes."""
     assert len(region) == len(shape), (region, shape)
-    assert all(0 <= a <= b <= size for (a, b), size in zip(region, shape, strict=True)), (region, shape)
-    if region_numel(region) == 0:
-        return (), 0
     if region[1:] == region_of(shape[1:]):
         # Rows, or everything: what is asked for most.
         row = math.prod(shape[1:]) * itemsize
         start, stop = region[0] if region else (0, 1)
-        return (start * row,), (stop - start) * row
+        assert 0 <= start <= stop <= (shape[0] if region else 1), (region, shape)
+        return ((start * row,), (stop - start) * row) if row and start < stop else ((), 0)
+    assert all(0 <= a <= b <= size for (a, b), size in zip(region, shape, strict=True)), (region, shape)
+    if region_numel(region) == 0:
+        return (), 0
     strides = [math.prod(shape[dim + 1 :]) * itemsize for dim in range(len(shape))]
     partial = [dim for dim, side in enumerate(region) if side != (0, shape[dim])]
     inner = partial[-1] if partial else 0
@@ -169,7 +240,8 @@ def boxes(region: Region, max_numel: int) -> Iterator[Region]:
 
 def as_bytes(t: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
-    return t.detach().reshape(-1).view(torch.uint8).numpy().data
+    # numpy does not know all types. Its own views take a quarter of the time of torch's.
+    return t.detach().view(_INTEGERS[t.itemsize]).numpy().reshape(-1).view(np.uint8).data
 
 
 def _open(path: Path) -> int:
@@ -186,19 +258,14 @@ def _open(path: Path) -> int:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"key {key!r} is there twice")
-        for text in (key, value):
-            if isinstance(text, str):
-                text.encode()  # half a surrogate pair is no name; this raises a ValueError
-        found[key] = value
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"key {counts.most_common(1)[0][0]!r} is there twice")
     return found
 
 
 def _integer(text: str) -> int | float:
-    """JSON tells -0 from 0; the format wants non-negative integers, and a float is refused as no integer."""
     return -0.0 if text == "-0" else int(text)
 
 
@@ -234,10 +301,10 @@ def _problem(entry: Any) -> str | None:
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         return f"has shape {shape} and data_offsets {offsets}; both are non-negative integers, the latter two"
     itemsize = DTYPES[dtype].itemsize
-    # Strides are computed even where a dimension of size zero leaves no elements.
-    if math.prod(max(side, 1) for side in shape) * itemsize >= _MAX_BYTES:
-        return f"has shape {shape}, which no memory holds"
     nbytes = math.prod(shape) * itemsize
+    # Strides are computed even where a dimension of size zero leaves no elements.
+    if (nbytes or math.prod(max(side, 1) for side in shape) * itemsize) >= _MAX_BYTES:
+        return f"has shape {shape}, which no memory holds"
     if offsets[1] - offsets[0] != nbytes:
         return f"has data_offsets {offsets}, but {dtype} of shape {shape} takes {nbytes} bytes"
     return None

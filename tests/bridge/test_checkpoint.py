@@ -111,6 +111,27 @@ def test_a_contiguous_region_is_one_read_into_place(tmp_path: Path, monkeypatch:
         assert calls == [(2 * 4 * 4, position + 4 * 4)]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1, 3, 64, 65])
+def test_what_is_not_finite_is_noted_wherever_it_is(tmp_path: Path, dtype: torch.dtype, size: int) -> None:
+    # Also where large values are beside it, and where there are none but it.
+    plain = {scale: torch.linspace(-scale, scale, size).to(dtype) for scale in (1.5, 1000.0)}
+    values = {f"{scale}": value for scale, value in plain.items()}
+    for bad in (torch.nan, -torch.nan, torch.inf, -torch.inf):
+        for scale, value in plain.items():
+            for place in {0, size // 2, size - 1}:
+                values[f"{bad} {scale} {place}"] = torch.where(
+                    torch.arange(size) == place, bad, value.double()
+                )
+    values = {name: value.to(dtype) for name, value in values.items()}
+    save_file(values, tmp_path / "model.safetensors")
+    with CheckpointReader(tmp_path) as reader:
+        for name in values:
+            reader.read(name, ((0, size),))
+        assert reader.not_finite == {name for name, value in values.items() if not value.isfinite().all()}
+        assert len(reader.not_finite) == len(values) - 2
+
+
 def test_an_index_leads_to_files_that_are_read_in_order(tmp_path: Path) -> None:
     write_index(tmp_path, split_in_two(tmp_path))
     with CheckpointReader(tmp_path) as reader:

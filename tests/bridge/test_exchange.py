@@ -175,15 +175,27 @@ EXPECTED = {
 }
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_load_puts_regions_where_the_folds_say_in_the_order_of_the_file(dtype: torch.dtype) -> None:
+def test_load_puts_regions_where_the_folds_say_in_the_order_of_the_file(
+    dtype: torch.dtype, threads: int
+) -> None:
     claims, source = folded()
     parameters = {name: torch.full(value.shape, torch.nan, dtype=dtype) for name, value in EXPECTED.items()}
     store = Store(source)
-    load_pieces(parameters, store, claims, claims, 0, 100)
-    assert store.log == ["mixed", "turned", "plain"]
+    load_pieces(parameters, store, claims, threads)
+    assert sorted(store.log) == ["mixed", "plain", "turned"]
+    if threads == 1:
+        assert store.log == ["mixed", "turned", "plain"]
     for name, value in EXPECTED.items():
         assert torch.equal(parameters[name].float(), value), name
+
+
+def test_an_error_in_a_thread_is_the_loads() -> None:
+    claims, source = folded()
+    parameters = {name: torch.zeros(value.shape) for name, value in EXPECTED.items() if name != "plain"}
+    with pytest.raises(KeyError, match="plain"):
+        load_pieces(parameters, Store(source), claims, 2)
 
 
 def test_save_writes_the_same_regions_and_commits_what_is_done() -> None:

@@ -1,6 +1,8 @@
 """The header reader against the safetensors library, by hand and by thousands of damaged files."""
 
 import json
+import mmap
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bridge import safetensors_file
 from bridge.checkpoint import CheckpointReader
 from bridge.layouts import Region, region_numel, region_of, slices
 from bridge.safetensors_file import DTYPES, CheckpointError, SafetensorsFile, as_bytes, boxes, runs
@@ -126,6 +129,42 @@ def test_a_file_that_shrinks_while_it_is_open_is_an_error(tmp_path: Path) -> Non
         stream.truncate(100)
     with pytest.raises(CheckpointError, match="has shrunk"):
         opened.read("a", ((0, 100),), memoryview(bytearray(400)))
+    opened.close()
+
+
+def test_columns_of_a_file_that_shrinks_are_an_error(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2000, 4)}, tmp_path / FILE)
+    opened = SafetensorsFile(tmp_path / FILE)
+    os.truncate(tmp_path / FILE, 5000)
+    with pytest.raises(CheckpointError, match=f"{FILE}: ends before byte .*; it has shrunk"):
+        opened.read("a", ((0, 2000), (1, 3)), memoryview(bytearray(2000 * 8)))
+    opened.close()
+
+
+@pytest.mark.parametrize("short", [64 << 10, 0])
+@pytest.mark.parametrize("window", [8 << 20, 9000, 1])
+def test_any_columns_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int, short: int
+) -> None:
+    """As one call for each run, and through mappings: smaller than a row, of some rows, of all of them."""
+    monkeypatch.setattr(safetensors_file, "_WINDOW_BYTES", window)
+    monkeypatch.setattr(safetensors_file, "_SHORT_RUN", short)
+    monkeypatch.setattr(safetensors_file, "_ALIGNMENT", mmap.ALLOCATIONGRANULARITY)
+    chance = random.Random(0)
+    shapes = [(400, 30), (3, 70, 20), (2, 3, 40, 10)]
+    saved = {
+        f"{dtype}{shape}": torch.randn(shape).to(dtype)
+        for shape in shapes
+        for dtype in (torch.bfloat16, torch.float32)
+    }
+    save_file(saved, tmp_path / FILE)
+    opened = SafetensorsFile(tmp_path / FILE)
+    for name, value in [*saved.items()] * 10:
+        region = random_region(tuple(value.shape), chance)
+        part = value[slices(region)].contiguous()
+        out = bytearray(part.nbytes)
+        assert opened.read(name, region, memoryview(out)) == part.nbytes
+        assert bytes(out) == raw(part)
     opened.close()
 
 
