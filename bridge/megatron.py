@@ -181,8 +181,7 @@ def claim_pieces(
             continue
         match = _choose(matches, tensors)
         read.update(match.hf_names)
-        shard = _shard(spec, name, match, place)
-        layout, shard, problem = _layout(match, parameter, shard)
+        layout, shard, problem = layout_for(spec, name, match, parameter, place)
         full = layout.shapes(tuple(parameter.shape), shard)
         problem = problem or _misfit(match.hf_names, full, tensors)
         if problem:
@@ -216,9 +215,12 @@ def _choose(matches: Sequence[Match], tensors: Mapping[str, TensorInfo] | None) 
     return matches[0]
 
 
-def _shard(spec: MegatronSpec, name: str, match: Match, place: Place) -> Shard:
+def layout_for(
+    spec: MegatronSpec, name: str, match: Match, parameter: torch.Tensor, place: Place
+) -> tuple[Layout, Shard, str | None]:
+    """The rule's layout as it is for this parameter, its shard, and why they cannot be, if they cannot."""
     expert = ".mlp.experts." in name
-    return Shard(
+    shard = Shard(
         rank=place.expert_tensor_rank if expert else place.tensor_rank,
         size=place.expert_tensor_size if expert else place.tensor_size,
         num_query_groups=spec.num_query_groups,
@@ -227,10 +229,6 @@ def _shard(spec: MegatronSpec, name: str, match: Match, place: Place) -> Shard:
         num_experts=spec.num_experts,
         expert=match.expert,
     )
-
-
-def _layout(match: Match, parameter: torch.Tensor, shard: Shard) -> tuple[Layout, Shard, str | None]:
-    """The rule's layout as it is for this parameter, and why it cannot be, if it cannot."""
     layout = match.rule.layout
     split = tensor_parallel_dim(parameter)
     if split is None and isinstance(layout, Column):
