@@ -5,7 +5,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from configs.schema import ClusterConfig, LayoutConfig, Section
+from configs.schema import ClusterConfig, LayoutConfig
+from configs.section import Section
 from configs.sizes import ShardSize
 
 
@@ -16,6 +17,12 @@ class ExportConfig(Section):
     """Hugging Face directory. Needed for to_mcore; for to_hf only when mcore_model has no config.json."""
     mcore_model: Path | None = None
     """Directory of a torch_dist checkpoint, the source of to_hf."""
+    adapters: Path | None = None
+    """PEFT adapter of the model: with to_mcore it is what is converted, unless merge_lora says otherwise."""
+    mcore_adapter: Path | None = None
+    """The same as a torch_dist checkpoint that this project has written; to_hf makes a PEFT adapter of it."""
+    merge_lora: bool = False
+    """Convert the model with the adapter merged into it, instead of the adapter."""
     to_mcore: bool = False
     """Write a torch_dist checkpoint of `model`."""
     to_hf: bool = False
@@ -47,15 +54,30 @@ class ExportConfig(Section):
             raise ValueError(
                 "give exactly one of --to_mcore true (safetensors to torch_dist) and --to_hf true"
             )
+        self._check_adapter()
+        adapted = self.adapters is not None or self.mcore_adapter is not None
         if self.to_mcore and self.model is None:
             raise ValueError("model: --to_mcore true needs the Hugging Face directory to convert")
         if self.to_mcore and self.mcore_model is not None:
             raise ValueError("mcore_model: is the source of --to_hf true; --to_mcore true reads only model")
-        if self.to_hf and self.mcore_model is None:
+        if self.to_hf and self.mcore_model is None and not adapted:
             raise ValueError("mcore_model: --to_hf true needs the torch_dist directory to convert")
+        if self.to_hf and self.mcore_model is None and self.model is None:
+            raise ValueError("model: give the model that the adapter is for, or --mcore_model")
         if self.layout.sequence_parallel and self.layout.tensor_model_parallel_size == 1:
             raise ValueError("layout.sequence_parallel: needs tensor_model_parallel_size of 2 or more")
         return self
+
+    def _check_adapter(self) -> None:
+        if self.adapters is not None and self.mcore_adapter is not None:
+            raise ValueError("mcore_adapter: give it or adapters, not both")
+        if self.merge_lora:
+            if self.adapters is None and self.mcore_adapter is None:
+                raise ValueError("merge_lora: there is nothing to merge; give --adapters or --mcore_adapter")
+        elif self.to_mcore and self.mcore_adapter is not None:
+            raise ValueError("mcore_adapter: is torch_dist already; use --to_hf true, or --merge_lora true")
+        elif self.to_hf and self.adapters is not None:
+            raise ValueError("adapters: is safetensors already; use --to_mcore true, or --merge_lora true")
 
 
 class InferConfig(Section):

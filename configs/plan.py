@@ -4,7 +4,8 @@ from typing import Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
-from configs.schema import LayoutConfig, Section
+from configs.schema import LayoutConfig
+from configs.section import Section
 
 
 class PlanConfig(Section):

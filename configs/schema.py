@@ -3,15 +3,11 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from configs.section import Section
 from configs.sizes import ShardSize
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys are errors, docstrings under fields are their help."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+from configs.tuner import TunerConfig, check_tuner
 
 
 class ModelConfig(Section):
@@ -118,6 +114,8 @@ class RolloutConfig(Section):
     """Run without torch.compile and graphs; on CPU compilation costs more than it saves on small models."""
     enable_prefix_caching: bool = True
     """Reuse the key-value cache of common prefixes; it is cleared after every weight sync."""
+    vllm_enable_lora: bool = False
+    """Send only the adapter to the engines, which apply it as they go; else they get merged weights."""
 
 
 class GRPOConfig(Section):
@@ -175,7 +173,7 @@ class DataConfig(Section):
     """Rows to draw when the dataset is generated (`reasoning_gym:`)."""
     eval_size: int = Field(default=100, ge=1)
     """Held-out rows at most."""
-    dataset_kwargs: dict[str, str | int | float | bool] = {}
+    dataset_kwargs: dict[str, str | int | float | bool] = Field(default={})
     """Arguments of a generated dataset, for example the difficulty of a reasoning-gym task."""
     system_prompt: str | None = None
     """Put before a row that has no system message."""
@@ -194,7 +192,7 @@ class RewardConfig(Section):
     """Factor in the sum of rewards."""
     timeout_s: float = Field(default=10.0, gt=0)
     """Longest one call may take."""
-    kwargs: dict[str, str | int | float | bool] = {}
+    kwargs: dict[str, str | int | float | bool] = Field(default={})
     """Fixed keyword arguments."""
 
 
@@ -272,6 +270,7 @@ class RunConfig(Section):
     """Evaluate every this many steps, besides before and after; 0 for only those."""
     model: ModelConfig
     trainer: TrainerConfig = TrainerConfig()
+    tuner: TunerConfig = TunerConfig()
     rollout: RolloutConfig = RolloutConfig()
     grpo: GRPOConfig = GRPOConfig()
     sft: SFTConfig = SFTConfig()
@@ -312,6 +311,8 @@ class RunConfig(Section):
                     f"rollout.max_num_seqs: {self.rollout.max_num_seqs} is less than "
                     f"grpo.num_generations {grpo.num_generations}; one group must fit into an engine"
                 )
+        check_tuner(self.tuner)
+        self._check_lora_engines()
         if self.bridge.hash_every > 1 and (self.bridge.offload_bridge or self.bridge.skip_unchanged):
             raise ValueError(
                 "bridge.hash_every: must be 1 with offload_bridge or skip_unchanged, which rely on every hash"
@@ -328,3 +329,19 @@ class RunConfig(Section):
                 f"{self.optimizer_steps} after the warm-up"
             )
         return self
+
+    def _check_lora_engines(self) -> None:
+        if not self.rollout.vllm_enable_lora:
+            return
+        if self.tuner.tuner_type != "lora":
+            raise ValueError("rollout.vllm_enable_lora: needs tuner.tuner_type lora")
+        if self.tuner.modules_to_save:
+            raise ValueError(
+                "rollout.vllm_enable_lora: engines cannot replace whole modules, which tuner.modules_to_save asks "
+                "for; set it to false, so that merged weights are sent"
+            )
+        if self.model.mcore_model is not None:
+            raise ValueError(
+                "rollout.vllm_enable_lora: engines read the base model from safetensors; give it as model.model "
+                "instead of model.mcore_model"
+            )

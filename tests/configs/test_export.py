@@ -40,6 +40,21 @@ def test_the_command_of_the_issue_works_as_written() -> None:
     assert load_settings(ExportConfig, None, TO_HF).mcore_model == Path("c")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        (*TO_MCORE, "--adapters", "a"),
+        (*TO_MCORE, "--adapters", "a", "--merge_lora"),
+        ("--model", "m", "--to_hf", "true", "--output_dir", "out", "--mcore_adapter", "a"),
+        ("--model", "m", "--to_hf", "true", "--output_dir", "out", "--adapters", "a", "--merge_lora"),
+        (*TO_HF, "--mcore_adapter", "a", "--merge_lora", "true"),
+    ],
+)
+def test_conversions_of_adapters(words: tuple[str, ...]) -> None:
+    config = load_settings(ExportConfig, None, words)
+    assert config.merge_lora == ("--merge_lora" in words)
+
+
 def test_a_file_and_a_dump_give_the_same_config(tmp_path: Path) -> None:
     path = tmp_path / "export.yaml"
     path.write_text("mcore_model: c\nto_hf: true\noutput_dir: out\nlayout: {sequence_parallel: true}\n")
@@ -65,6 +80,11 @@ def test_a_file_and_a_dump_give_the_same_config(tmp_path: Path) -> None:
         ((*TO_MCORE, "--max_shard_size", "5 stones"), "'5 stones' is no size"),
         ((*TO_MCORE, "--precision_threshold", "0"), "precision_threshold is 0"),
         ((*TO_MCORE, "--to_mcor", "true"), "did you mean --to_mcore?"),
+        ((*TO_MCORE, "--merge_lora"), "merge_lora: there is nothing to merge"),
+        ((*TO_MCORE, "--mcore_adapter", "a"), "mcore_adapter: is torch_dist already; use --to_hf true"),
+        ((*TO_HF, "--adapters", "a"), "adapters: is safetensors already; use --to_mcore true"),
+        ((*TO_HF, "--adapters", "a", "--mcore_adapter", "b"), "give it or adapters, not both"),
+        ((*TO_HF[2:], "--mcore_adapter", "b"), "model: give the model that the adapter is for"),
     ],
 )
 def test_wrong_options_are_named(words: tuple[str, ...], message: str) -> None:
