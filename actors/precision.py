@@ -152,15 +152,25 @@ def reference_logits(
     Reads local files only; the model is gone afterwards. Raises BasculeError when it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+    # It would list tensors that it has no use for; a DeepSeek-V3 has a whole layer of them.
+    set_verbosity_error()
     disable_progress_bar()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=dtype, attn_implementation="eager", local_files_only=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model_dir,
+            dtype=dtype,
+            attn_implementation="eager",
+            local_files_only=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         raise BasculeError(f"{model_dir}: transformers cannot load the model: {error}") from error
+    model, found = loaded
+    if found["missing_keys"]:
+        names = ", ".join(sorted(found["missing_keys"]))
+        raise BasculeError(f"{model_dir}: transformers needs tensors that are not there: {names}")
     model.to(device).eval()
     with torch.no_grad():
         logits = model(tokens.to(device), use_cache=False).logits.float().cpu()

@@ -295,6 +295,12 @@ def _make_directory(config: RunConfig, prepared: Prepared) -> Path:
     steps = [step for step in range(1, config.max_steps + 1) if config.saves_at(step)]
     for name in ("checkpoint", *(f"checkpoint-{step}" for step in steps)):
         check_replaceable(directory / name)
+        # A torch_dist checkpoint adds an iteration, and who gives the directory as a model would read these.
+        if not config.checkpoint.save_safetensors and any((directory / name).glob("*.safetensors")):
+            raise ConfigError(
+                f"output_dir: {directory / name} holds safetensors of an earlier run, which this run, saving "
+                "torch_dist, would leave there; remove it, or choose another output_dir"
+            )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.yaml").write_text(dump_config(config))

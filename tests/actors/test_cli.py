@@ -280,6 +280,8 @@ def test_a_directory_with_a_run_is_not_overwritten_unasked(
     shutil.copytree(workspace / "model", tmp_path / "checkpoint")
     assert main([*arguments, "--exist_ok", "--model.model", str(tmp_path / "checkpoint")]) == 2
     assert "would replace the checkpoint that the run starts from" in capsys.readouterr().err
+    assert main([*arguments, "--exist_ok", "--save_safetensors", "false"]) == 2
+    assert "checkpoint holds safetensors of an earlier run" in capsys.readouterr().err
     assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from actors.precision import compare_logits, reference_logits, sample_tokens
 from actors.tiny_model import build_tiny_model, train_tokenizer
@@ -113,3 +114,8 @@ def test_reference_logits_are_transformers_own(tmp_path: Path) -> None:
     assert 1e-4 < float((rounded - expected).abs().max()) < 0.2
     with pytest.raises(BasculeError, match="transformers cannot load"):
         reference_logits(tmp_path / "none", tokens, torch.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BasculeError, match=r"tensors that are not there: model\.norm\.weight"):
+        reference_logits(tmp_path, tokens, torch.float32)
