@@ -108,6 +108,10 @@ class Running:
     process: subprocess.Popen[str]
     mark: str
 
+    def pids(self, command: str) -> list[int]:
+        """Processes of the run whose command line begins with this."""
+        return [pid for pid, line in _marked(self.mark).items() if line.startswith(command)]
+
     def finish(self, timeout: float = 300) -> Finished:
         """Wait for the end; then give its daemons a moment and list those that stay."""
         out, err = self.process.communicate(timeout=timeout)
@@ -117,7 +121,7 @@ class Running:
                 break
             time.sleep(0.1)
             left = _marked(self.mark)
-        return Finished(code=self.process.returncode, out=out, err=err, left=left)
+        return Finished(code=self.process.returncode, out=out, err=err, left=list(left.values()))
 
 
 def start(*arguments: str) -> Running:
@@ -145,12 +149,14 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _marked(mark: str) -> list[str]:
-    found: list[str] = []
+def _marked(mark: str) -> dict[int, str]:
+    """Command lines of the processes that have the mark."""
+    found: dict[int, str] = {}
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes():
-                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200])
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                found[int(entry.name)] = line[:200]
         except OSError:  # it ended while we looked
             continue
     return found

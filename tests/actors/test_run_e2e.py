@@ -1,5 +1,8 @@
 """The whole stack by its command: Ray, Megatron ranks, bridge, vLLM engines, rewards, checkpoint."""
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +14,7 @@ import torch
 
 from algorithms.data import Prompt, SamplingSettings, int_row
 from tests.actors.engine_helpers import reference_greedy, run_config
-from tests.actors.run_helpers import Finished, make_workspace, rows, run
+from tests.actors.run_helpers import Finished, Running, make_workspace, rows, run, start
 
 pytestmark = pytest.mark.e2e
 pytest_plugins = ("tests.actors.engine_fixtures",)
@@ -24,28 +27,48 @@ LAYOUTS = {
     "pipeline": [
         *("--tensor_model_parallel_size", "1", "--pipeline_model_parallel_size", "2", "--beta", "0.1"),
     ],
-    "data": [
+    # One of its engines is killed on the way.
+    "experts": [
         *("--tensor_model_parallel_size", "1", "--data_parallel_size", "2", "--num_engines", "2"),
-        *("--steps_per_generation", "2"),
+        *("--expert_model_parallel_size", "2", "--steps_per_generation", "2"),
     ],
 }
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workspace(tmp_path_factory.mktemp("run"))
+    folder = tmp_path_factory.mktemp("run")
+    make_workspace(folder / "of-experts", "moe")
+    return make_workspace(folder)
+
+
+def model_of(workspace: Path, name: str) -> Path:
+    return workspace / ("of-experts/model" if name == "experts" else "model")
 
 
 @pytest.fixture(scope="module")
 def runs(workspace: Path) -> dict[str, Finished]:
     """One after the other: two cores."""
-    return {
-        name: run(
+    found: dict[str, Finished] = {}
+    for name, arguments in LAYOUTS.items():
+        running = start(
             *("grpo", "--config", str(workspace / "grpo.yaml"), "--output_dir", str(workspace / name)),
-            *arguments,
+            *("--model.model", str(model_of(workspace, name)), *arguments),
         )
-        for name, arguments in LAYOUTS.items()
-    }
+        if name == "experts":
+            kill_an_engine(running, workspace / name / "metrics.jsonl")
+        found[name] = running.finish()
+    return found
+
+
+def kill_an_engine(running: Running, metrics: Path) -> None:
+    """After the first step, with SIGKILL; what comes after has to be as if nothing had been."""
+    while running.process.poll() is None:
+        # Not row by row: the last line may be half written.
+        if metrics.is_file() and '"loss"' in metrics.read_text():
+            os.kill(running.pids("ray::Engine")[0], signal.SIGKILL)
+            return
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +170,14 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in files for name, tensor in load_file(path).items()}
 
 
+def test_the_run_that_lost_an_engine_says_so(runs: dict[str, Finished]) -> None:
+    assert "is lost" in runs["experts"].err
+    assert "is lost" not in runs["tensor"].err
+
+
 def test_weights_did_change(runs: dict[str, Finished], workspace: Path) -> None:
-    before = tensors(workspace / "model")
     for name in runs:
+        before = tensors(model_of(workspace, name))
         after = tensors(workspace / name / "checkpoint")
         assert after.keys() == before.keys()
         assert all(not torch.equal(after[key], before[key]) for key in before)
