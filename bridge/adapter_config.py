@@ -101,11 +101,11 @@ class AdapterConfig:
                 return True
         elif any(module == name or module.endswith(f".{name}") for name in self.exclude_modules):
             return True
-        return self.saves(module)
+        return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save)
 
     def saves(self, module: str) -> bool:
-        """Whether the module is trained and stored whole."""
-        return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save)
+        """Whether the module is trained and stored whole. As in PEFT a name is any end: `norm` is every norm."""
+        return module.endswith(self.modules_to_save)
 
     def _layer_of(self, module: str) -> int | None:
         for pattern in self.layers_pattern or (r"[^.]*",):
@@ -127,7 +127,10 @@ class AdapterConfig:
             "init_lora_weights": True,
             **self.stored,
             "r": self.r,
-            "lora_alpha": self.lora_alpha,
+            # vLLM wants a whole number to be written as one.
+            "lora_alpha": int(self.lora_alpha)
+            if self.lora_alpha == int(self.lora_alpha)
+            else self.lora_alpha,
             "lora_dropout": self.lora_dropout,
             "use_rslora": self.use_rslora,
             "target_modules": listed if isinstance(listed, str) else list(listed),

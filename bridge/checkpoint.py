@@ -83,8 +83,11 @@ class CheckpointReader:
     presented as the BF16 tensors that they stand for, without their scales (see bridge.quantized).
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Reads the index and the headers. Raises CheckpointError listing all that is wrong with them."""
+    def __init__(self, directory: Path, file: str | None = None) -> None:
+        """Reads the index and the headers; with a name, only those of this file.
+
+        Raises CheckpointError listing all that is wrong with them.
+        """
         self.directory = directory
         self.bytes_read = 0
         """Bytes of tensors read so far."""
@@ -93,7 +96,7 @@ class CheckpointReader:
         self._lock = threading.Lock()
         self._files: dict[str, SafetensorsFile] = {}
         try:
-            self._files, problems = _open_files(directory)
+            self._files, problems = _open_files(directory, file)
             self._file_of = {name: file for file, opened in self._files.items() for name in opened.tensors}
             self._quantized, wrong = self._find_quantized(directory)
             _raise_any(directory, [*problems, *wrong])
@@ -218,16 +221,18 @@ def check_files(directory: Path) -> None:
     _raise_any(directory, problems)
 
 
-def _open_files(directory: Path) -> tuple[dict[str, SafetensorsFile], list[str]]:
+def _open_files(directory: Path, file: str | None = None) -> tuple[dict[str, SafetensorsFile], list[str]]:
     """What can be opened, and what is wrong with the rest."""
     index = directory / INDEX
     # A broken symlink is an index all the same, and an error when it is read.
-    indexed = os.path.lexists(index)
-    listed, problems = _read_index(index) if indexed else ({_single(directory): set[str]()}, [])
+    indexed = file is None and os.path.lexists(index)
+    listed, problems = (
+        _read_index(index) if indexed else ({file or _single(directory): set[str]()}, list[str]())
+    )
     files: dict[str, SafetensorsFile] = {}
-    for file in sorted(listed):
+    for name in sorted(listed):
         try:
-            files[file] = SafetensorsFile(directory / file)
+            files[name] = SafetensorsFile(directory / name)
         except CheckpointError as error:
             problems.append(str(error))
     if indexed:

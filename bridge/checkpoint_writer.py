@@ -46,8 +46,11 @@ class CheckpointWriter:
         *,
         rank: int = 0,
         key: str | None = None,
+        file: str = SINGLE,
     ) -> None:
         """All ranks give the same arguments but for `rank`: `tensors` in their order fix every byte's place.
+
+        `file` is what it is called when one file holds them all.
 
         `key` says which values are written and by whom (source, step, layout). An interrupted save is continued
         only by one of the same key, so that no checkpoint mixes two states of a model.
@@ -55,7 +58,7 @@ class CheckpointWriter:
         # A symlink is followed, so that the rename replaces the directory it leads to.
         self._directory = Path(os.path.realpath(directory))
         self._partial = partial_of(self._directory)
-        self._files = _split(tensors, max_shard_size)
+        self._files = _split(tensors, max_shard_size, file)
         self._headers = {file: _header(infos) for file, infos in self._files.items()}
         self._places = {info.name: (file, info) for file, infos in self._files.items() for info in infos}
         self._descriptors: dict[str, int] = {}
@@ -230,7 +233,7 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
         data, offset = data[count:], offset + count
 
 
-def _split(tensors: Sequence[TensorInfo], max_shard_size: int) -> dict[str, list[TensorInfo]]:
+def _split(tensors: Sequence[TensorInfo], max_shard_size: int, single: str) -> dict[str, list[TensorInfo]]:
     groups: list[list[TensorInfo]] = [[]]
     size = 0
     for tensor in tensors:
@@ -240,7 +243,7 @@ def _split(tensors: Sequence[TensorInfo], max_shard_size: int) -> dict[str, list
         groups[-1].append(tensor)
         size += tensor.nbytes
     if len(groups) == 1:
-        return {SINGLE: groups[0]}
+        return {single: groups[0]}
     return {
         f"model-{number:05d}-of-{len(groups):05d}.safetensors": group
         for number, group in enumerate(groups, start=1)

@@ -25,6 +25,7 @@ from bridge.layouts import (
     relative,
     slices,
 )
+from bridge.merged import LastKept
 from bridge.plan import Bucket, Piece, Plan, TensorInfo
 
 # A commit waits for the disk.
@@ -249,6 +250,7 @@ def save_pieces(
     rank: int,
 ) -> None:
     """Write what this rank owns of the `buckets` under `plan`. Every rank must call it with the same ones."""
+    parameters = LastKept(parameters)
     done: list[str] = []
     size = 0
     for bucket in buckets:

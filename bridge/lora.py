@@ -4,7 +4,7 @@ A Megatron linear that is made of several Hugging Face ones (queries, keys and v
 adapter for each of them, as PEFT does: A and B are then trained, read and written exactly as there.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,11 +88,13 @@ def targets_of(
     parameters: Mapping[str, torch.Tensor],
     place: Place,
     config: AdapterConfig,
+    modules: Collection[str] | None = None,
 ) -> tuple[Target, ...]:
     """What of this rank's base `parameters` (global names) is adapted, in their order; nothing is created.
 
-    `all-linear` are the linears of attention, MLPs and experts: not the router, embedding or head. Raises
-    ConfigError when a weight is to be adapted whose adapter PEFT could not have.
+    That are `modules`, where it is known which, else what the config targets. `all-linear` are the linears of
+    attention, MLPs and experts: not the router, embedding or head. Raises ConfigError when a weight is to be
+    adapted whose adapter PEFT could not have.
     """
     found: list[Target] = []
     for name, parameter in parameters.items():
@@ -101,24 +103,27 @@ def targets_of(
             continue
         # Alternatives name or pack the same weights otherwise; the first has a tensor for every linear.
         match = family.matches(name, spec.num_layers)[0]
-        modules = [hf.removesuffix(".weight") for hf in match.hf_names]
-        chosen = [_is_chosen(config, name, match.rule.layout, module) for module in modules]
+        linears = [hf.removesuffix(".weight") for hf in match.hf_names]
+        chosen = [
+            _is_chosen(config, name, match.rule.layout, linear) if modules is None else linear in modules
+            for linear in linears
+        ]
         if not any(chosen):
             continue
         layout, shard, _ = layout_for(spec, name, match, parameter, place)
         shapes = layout.shapes(tuple(parameter.shape), shard)
         if any(len(shape) != 2 for shape in shapes):
             raise ConfigError(
-                f"target_modules: {', '.join(modules)} hold all experts in one tensor, which cannot be adapted"
+                f"target_modules: {', '.join(linears)} hold all experts in one tensor, which cannot be adapted"
             )
         if spec.tie_word_embeddings and name in (EMBEDDING, OUTPUT_LAYER):
             raise ConfigError(
-                f"target_modules: {', '.join(modules)} is tied to another matrix of this model; leave it out"
+                f"target_modules: {', '.join(linears)} is tied to another matrix of this model; leave it out"
             )
         cuts = layout.cuts(shapes, shard)
         parts = tuple(
             _part(config, name, module, shapes[source], tuple(parameter.shape), _of(cuts, source))
-            for source, module in enumerate(modules)
+            for source, module in enumerate(linears)
             if chosen[source]
         )
         found.append(Target(weight=name, split=layout.parallel_dim if shard.size > 1 else None, parts=parts))

@@ -27,6 +27,8 @@ _SAME = (
 )
 OUTPUT_LAYER = "output_layer.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
+ADAPTER = ".lora."
+"""In the names of adapters' parameters, and in no other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,11 +91,20 @@ def place_of_this_rank() -> Place:
 
 
 def named_parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
-    """Parameters of this rank's model chunks, and routers' expert biases, by global name.
+    """Parameters of this rank's model chunks, and routers' expert biases, by global name; no adapters.
 
     One name for a parameter whether Megatron groups or fuses it or not; global numbers of layers and experts
     come from the modules themselves, so they hold under any split.
     """
+    return {name: tensor for name, tensor in _named(chunks).items() if ADAPTER not in name}
+
+
+def adapter_parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """A and B of this rank's adapters, by global name (bridge.lora.Target.parameter)."""
+    return {name: tensor for name, tensor in _named(chunks).items() if ADAPTER in name}
+
+
+def _named(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for chunk in chunks:
         # Looked at once: a walk over the modules of many experts takes its time.

@@ -7,19 +7,16 @@ and Megatron's process groups must be set up, and every rank makes the same call
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from bridge.assembler import Assembler
 from bridge.checkpoint import CheckpointError, CheckpointReader, all_finite
 from bridge.checkpoint_writer import CheckpointWriter
 from bridge.claims import claim_together, config_dtype, gather_claims, implied_tensors, plan_of
 from bridge.exchange import Reader, Writer, load_pieces, reading_threads, save_pieces
 from bridge.families import spec_of
-from bridge.layouts import Region, region_of, region_shape, relative, slices
+from bridge.layouts import region_of, relative, slices
 from bridge.megatron import (
     EMBEDDING,
     OUTPUT_LAYER,
@@ -27,11 +24,17 @@ from bridge.megatron import (
 )
 from bridge.plan import Bucket, Piece, Plan, TensorInfo
 from bridge.safetensors_file import CHUNK_BYTES, boxes
-from bridge.sender import Sender
-from bridge.sync_plan import cut_plan
-from configs.errors import BasculeError, ConfigError, WriteError
+from bridge.together import (
+    GuardedReader,
+    GuardedWriter,
+    all_everywhere,
+    everywhere,
+    exported,
+    on_first_rank,
+    raise_everywhere,
+)
+from configs.errors import ConfigError, WriteError
 
-T = TypeVar("T", str, int)
 Model = torch.nn.Module | Sequence[torch.nn.Module]
 BUCKET_BYTES = 64 << 20
 
@@ -46,60 +49,6 @@ class Loaded:
 
     bytes_read: int
     not_finite: tuple[str, ...]
-
-
-class _Guarded:
-    """A writer that keeps its first error for later, since the other ranks count on this one to go on."""
-
-    def __init__(self, writer: CheckpointWriter) -> None:
-        self._writer = writer
-        self.failures: list[str] = []
-
-    def write(self, name: str, region: Region, value: torch.Tensor) -> None:
-        with self:
-            if not self.failures:
-                self._writer.write(name, region, value)
-
-    def commit(self, names: Iterable[str]) -> None:
-        with self:
-            if not self.failures:
-                self._writer.commit(names)
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        # What is carried over is read as well as written.
-        caught = isinstance(error, WriteError | CheckpointError)
-        if caught:
-            self.failures.append(str(error))
-        return caught
-
-
-class _GuardedReader:
-    """A reader that keeps its first error for later, as _Guarded does; what it then gives is of no use."""
-
-    def __init__(self, reader: CheckpointReader) -> None:
-        self._reader = reader
-        self.tensors = reader.tensors
-        self.failures: list[str] = []
-
-    def position(self, name: str) -> tuple[str, int]:
-        return self._reader.position(name)
-
-    def read(self, name: str, region: Region) -> torch.Tensor:
-        out = torch.empty(region_shape(region), dtype=self.tensors[name].dtype)
-        self.read_into(name, region, out)
-        return out
-
-    def read_into(self, name: str, region: Region, out: torch.Tensor) -> None:
-        if not self.failures:
-            try:
-                self._reader.read_into(name, region, out)
-            except CheckpointError as error:
-                self.failures.append(str(error))
 
 
 class ModelBridge:
@@ -149,16 +98,16 @@ class ModelBridge:
         Raises RuleError with everything in names and shapes that does not fit before a byte of weights is
         read, and WeightError when tensors that repeat one another (tied embeddings) differ.
         """
-        parameters = named_parameters(_chunks(model))
+        parameters = named_parameters(chunks_of(model))
         device = next(iter(parameters.values())).device
         with CheckpointReader(self.directory if directory is None else Path(directory)) as reader:
             claims = claim_together(self.family, self.spec, parameters, reader.tensors, reader.directory)
             _zero_padding(parameters, claims.pieces)
-            guarded = _GuardedReader(reader)
+            guarded = GuardedReader(reader)
             load_pieces(parameters, guarded, claims.pieces, reading_threads(device))
             bytes_read, not_finite = reader.bytes_read, sorted(reader.not_finite)
             differ = self._differing_copies(guarded, parameters, claims.pieces)
-        failures, not_finite, differ = _all_everywhere(guarded.failures, not_finite, differ)
+        failures, not_finite, differ = all_everywhere(guarded.failures, not_finite, differ)
         if failures:
             raise CheckpointError("; ".join(failures))
         if differ:
@@ -171,9 +120,9 @@ class ModelBridge:
     def not_finite(self, model: Model) -> tuple[str, ...]:
         """Names of HF tensors of which the model holds NaN or infinities, the same on every rank."""
         rank = dist.get_rank()
-        parameters = named_parameters(_chunks(model))
+        parameters = named_parameters(chunks_of(model))
         wrong = [name for name, parameter in parameters.items() if not all_finite(parameter.detach())]
-        if not _everywhere(wrong):
+        if not everywhere(wrong):
             return ()
         pieces = (piece for pieces in self.plan(model, copies=False).pieces.values() for piece in pieces)
         found = {
@@ -183,7 +132,7 @@ class ModelBridge:
             and piece.parameter in wrong
             and not all_finite(piece.get(parameters[piece.parameter]))
         }
-        return _everywhere(sorted(found))
+        return everywhere(sorted(found))
 
     def tensors_in(self, torch_dtype: torch.dtype | None) -> Mapping[str, TensorInfo] | None:
         """The checkpoint's tensors, if it is known what they are, in the types that `plan` gives them."""
@@ -201,7 +150,7 @@ class ModelBridge:
         on every rank. Tensors the model does not hold are not in it, and without `copies` neither are those
         that only repeat another, which no engine needs.
         """
-        parameters = named_parameters(_chunks(model))
+        parameters = named_parameters(chunks_of(model))
         claims = gather_claims(self.family, self.spec, parameters, self._tensors, self.directory)
         tensors = self._tensors
         if tensors is None:
@@ -209,32 +158,19 @@ class ModelBridge:
         return plan_of(self.family, self.spec, tensors, claims, torch_dtype, with_copies=copies)
 
     def export(
-        self, model: Model, torch_dtype: torch.dtype | None = None
+        self,
+        model: Model,
+        torch_dtype: torch.dtype | None = None,
+        *,
+        parameters: Mapping[str, torch.Tensor] | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """HF names and whole tensors in host memory, in layer order, on every rank, a bucket at a time.
 
+        `parameters` are exported in place of the model's own, whose names and shapes they have (bridge.merged).
         Every rank must go through to the end.
         """
         plan = self.plan(model, torch_dtype)
-        parameters = named_parameters(_chunks(model))
-        sync_plan = cut_plan(plan, self._bucket_bytes)
-        sender = Sender(parameters, plan, sync_plan, dist.get_rank())
-        # Tensor by tensor, so that no layer of experts is held together.
-        assembler = Assembler(sync_plan, key=str)
-        # NCCL moves only what is on a GPU.
-        device = next(iter(parameters.values())).device
-        for number, bucket in enumerate(sync_plan.buckets):
-            buffer = torch.empty(bucket.nbytes, dtype=torch.uint8)
-            for message in bucket.messages:
-                part = buffer[message.start : message.stop]
-                if message.rank == dist.get_rank():
-                    part.copy_(sender.pack(number))
-                moving = part.to(device)
-                dist.broadcast(moving, message.rank)
-                if moving is not part:
-                    part.copy_(moving)
-            for unit in assembler.add(number, buffer):
-                yield from unit
+        yield from exported(plan, parameters or named_parameters(chunks_of(model)), self._bucket_bytes)
 
     def save(
         self,
@@ -245,14 +181,15 @@ class ModelBridge:
         max_shard_size: int = 5 << 30,
         key: str | None = None,
         publish: bool = True,
+        parameters: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Write the model with the names, types and side files of this bridge's checkpoint.
 
         The directory appears whole, by rename, or not at all; an empty one or a checkpoint is replaced, anything
         else is a ConfigError. Without `publish` the renaming is left to the caller (put_in_place of
         bridge.partial_directory). An interrupted save is continued by one with the same `key`, which says which
-        values are written (see CheckpointWriter). Needs a file system that all ranks share. Raises WriteError
-        naming the file.
+        values are written (see CheckpointWriter). `parameters` are as for `export`. Needs a file system that all
+        ranks share. Raises WriteError naming the file.
         """
         plan = self.plan(model, torch_dtype)
         carried, dequantized = self._carried(plan)
@@ -260,15 +197,20 @@ class ModelBridge:
         writer = CheckpointWriter(
             Path(directory), [*plan.tensors, *carried], max_shard_size=max_shard_size, rank=rank, key=key
         )
-        _on_first_rank(writer.prepare)
-        guarded = _Guarded(writer)
-        parameters = named_parameters(_chunks(model))
-        save_pieces(parameters, guarded, self._unwritten(plan, writer), plan, rank)
+        on_first_rank(writer.prepare)
+        guarded = GuardedWriter(writer)
+        save_pieces(
+            parameters or named_parameters(chunks_of(model)),
+            guarded,
+            self._unwritten(plan, writer),
+            plan,
+            rank,
+        )
         with guarded:
             self._carry_over(guarded, carried[rank :: dist.get_world_size()])
             writer.close()
-        _raise_everywhere(guarded.failures, WriteError)
-        _on_first_rank(lambda: writer.finish(self.directory, dequantized=dequantized, publish=publish))
+        raise_everywhere(guarded.failures, WriteError)
+        on_first_rank(lambda: writer.finish(self.directory, dequantized=dequantized, publish=publish))
 
     def _unwritten(self, plan: Plan, writer: CheckpointWriter) -> list[Bucket]:
         """The buckets of which some rank has not committed its part, the same on every rank."""
@@ -281,7 +223,7 @@ class ModelBridge:
             for number, bucket in enumerate(buckets)
             if any(info.name in pending for info in bucket.tensors)
         ]
-        return [buckets[number] for number in sorted(_everywhere(mine))]
+        return [buckets[number] for number in sorted(everywhere(mine))]
 
     def _carried(self, plan: Plan) -> tuple[list[TensorInfo], bool]:
         """Tensors of the checkpoint that the model does not hold, which a save copies as they are; and whether
@@ -323,7 +265,8 @@ class ModelBridge:
         return differ
 
 
-def _chunks(model: Model) -> Sequence[torch.nn.Module]:
+def chunks_of(model: Model) -> Sequence[torch.nn.Module]:
+    """The modules of a model."""
     return [model] if isinstance(model, torch.nn.Module) else model
 
 
@@ -333,35 +276,3 @@ def _zero_padding(parameters: Mapping[str, torch.Tensor], pieces: Sequence[Piece
         if name in parameters:
             held = [piece.local_region[0][1] for piece in pieces if piece.parameter == name]
             parameters[name].detach()[max(held, default=0) :].zero_()
-
-
-def _everywhere(found: Sequence[T]) -> tuple[T, ...]:
-    """What all ranks found, each once, in order."""
-    return _all_everywhere(found)[0]
-
-
-def _all_everywhere(*found: Sequence[T]) -> list[tuple[T, ...]]:
-    """The same of several things at once."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, found)
-    return [tuple(sorted(set[T]().union(*each))) for each in zip(*everyone, strict=True)]
-
-
-def _raise_everywhere(failures: Sequence[str], kind: type[BasculeError]) -> None:
-    """Raises an error of `kind` on every rank when one has a failure."""
-    found = _everywhere(failures)
-    if found:
-        raise kind("; ".join(found))
-
-
-def _on_first_rank(action: Any) -> None:
-    """Run on rank 0 while the others wait; an error of it is raised everywhere."""
-    box: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except BasculeError as error:
-            box = [error]
-    dist.broadcast_object_list(box, 0)
-    if box[0] is not None:
-        raise box[0]

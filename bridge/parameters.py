@@ -14,7 +14,8 @@ from bridge.plan import TensorInfo
 from bridge.rules import Family, MegatronSpec
 
 Named = Iterator[tuple[str, Shape]]
-_ALONE = Place(rank=0, tensor_rank=0, tensor_size=1, expert_tensor_rank=0, expert_tensor_size=1)
+ALONE = Place(rank=0, tensor_rank=0, tensor_size=1, expert_tensor_rank=0, expert_tensor_size=1)
+"""Where a rank stands that has the whole model."""
 
 
 def parameters_of(spec: MegatronSpec, *, mtp: bool) -> dict[str, Shape]:
@@ -50,7 +51,7 @@ def check_tensors(
     """
     shapes = parameters_of(spec, mtp=mtp)
     parameters = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    found = try_to_claim(family, spec, parameters, tensors, _ALONE)
+    found = try_to_claim(family, spec, parameters, tensors, ALONE)
     claims = merge_claims(family, spec, tensors, [found], directory, with_mtp=mtp)
     check_all_read(family, spec, tensors, claims, directory, with_mtp=mtp)
 

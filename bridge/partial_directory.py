@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bridge.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from bridge.checkpoint import INDEX
 from bridge.side_files import LATEST, METADATA, SOURCE_INDEX
 from configs.errors import ConfigError, WriteError
@@ -37,7 +38,8 @@ def check_writable(directory: Path) -> None:
 def check_replaceable(directory: Path) -> None:
     """Raises ConfigError unless there is nothing at `directory`, or what a save may replace.
 
-    That is an empty directory, or a checkpoint: config.json with safetensors, or what Megatron writes. With
+    That is an empty directory, or a checkpoint: config.json or a PEFT adapter's config with safetensors, or what
+    Megatron writes. With
     other directories in it than Megatron's iterations it is more than a checkpoint, and not replaced.
     """
     if not os.path.lexists(directory):
@@ -115,7 +117,10 @@ def _replace(final: Path, partial: Path) -> None:
 def _is_checkpoint(names: set[str]) -> bool:
     weights = INDEX in names or any(name.endswith(".safetensors") for name in names)
     iteration = METADATA in names and any(name.endswith(".distcp") for name in names)
-    return ("config.json" in names and weights) or iteration or bool(names & {LATEST, SOURCE_INDEX})
+    adapter = ADAPTER_CONFIG in names and ADAPTER_WEIGHTS in names
+    return (
+        ("config.json" in names and weights) or adapter or iteration or bool(names & {LATEST, SOURCE_INDEX})
+    )
 
 
 def _sync(path: Path) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from bridge.fingerprint import fingerprint, signed
 from bridge.layouts import region_shape, slices
+from bridge.merged import LastKept
 from bridge.plan import Plan
 from bridge.sync_plan import Message, SyncPlan, sources, unit_of
 
@@ -73,9 +74,9 @@ class Sender:
 
     def _filled(self, number: int) -> torch.Tensor:
         message = self._messages[number]
-        buffer = self._buffer[: message.nbytes]
+        buffer, parameters = self._buffer[: message.nbytes], LastKept(self._parameters)
         for part, (piece, box) in zip(message.parts, self._cuts[number], strict=True):
-            value = piece.get(self._parameters[piece.parameter])[slices(box)]
+            value = piece.get(parameters[piece.parameter])[slices(box)]
             start = part.start - message.start
             place = buffer[start : start + part.nbytes].view(part.info.dtype)
             place.view(region_shape(part.region)).copy_(value)

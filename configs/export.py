@@ -76,6 +76,10 @@ class ExportConfig(Section):
                 raise ValueError("merge_lora: there is nothing to merge; give --adapters or --mcore_adapter")
         elif self.to_mcore and self.mcore_adapter is not None:
             raise ValueError("mcore_adapter: is torch_dist already; use --to_hf true, or --merge_lora true")
+        elif self.test_convert_precision and self.mcore_adapter is not None and self.mcore_model is not None:
+            raise ValueError(
+                "test_convert_precision: an adapter's needs the model in safetensors; give --model"
+            )
         elif self.to_hf and self.adapters is not None:
             raise ValueError("adapters: is safetensors already; use --to_mcore true, or --merge_lora true")
 

@@ -35,7 +35,7 @@ class TunerConfig(Section):
     """Write the merged model too: `checkpoint-merged`, or `checkpoint-STEP-merged`, beside the adapter."""
 
 
-_OWN = ("lora_rank", "lora_alpha", "use_rslora", "target_modules", "modules_to_save")
+_OWN = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save")
 """What an adapter to start from decides itself."""
 
 
