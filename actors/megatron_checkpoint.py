@@ -5,27 +5,26 @@ Megatron-core itself, loading unpickles files: load only checkpoints from a sour
 """
 
 import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 
 from actors.checkpoint_files import (
     find_iteration,
     iteration_name,
     write_latest,
 )
+from actors.megatron_checkpoint_fit import clear_new_padding, mismatches
+from actors.megatron_lora import detached
 from bridge.partial_directory import make_partial, partial_of, put_in_place
 from configs.errors import BasculeError, ConfigError, WriteError
 
@@ -38,20 +37,22 @@ _CONTENT = {
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
-_STATE = ("optimizer.", "chained_")
-"""Beginnings of the keys that hold optimizer state."""
 
 
 class MegatronCheckpointError(ConfigError):
     """A torch_dist checkpoint cannot be read, or does not fit the model. Names the directory, and the keys."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Wanted:
-    """What a rank would load: by key the global shape and whether the padding of its rows may differ."""
+class Saved(Protocol):
+    """The part of this rank's model that a checkpoint is of."""
 
-    shapes: Mapping[str, tuple[int, ...]]
-    padded: frozenset[str]
+    def state(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """What is saved, as Megatron's sharded state; `metadata` are Megatron's settings of the checkpoint."""
+        ...
+
+    def fill(self, loaded: Mapping[str, Any]) -> None:
+        """Put into the model what was loaded; it has the form of `state`."""
+        ...
 
 
 def save_torch_dist(
@@ -65,16 +66,36 @@ def save_torch_dist(
 ) -> Path:
     """Write `directory`/iter_NNNNNNN and make it the latest; every rank must call it. Returns that directory.
 
-    `chunks` are the bare models of this rank, one for each virtual stage; `directory` is on a file system that
-    the ranks share. The iteration appears under its name only when all ranks have written it, and replaces
-    an older one of the same number. Before that rank 0 calls `write_beside`, which puts into `directory` what
-    belongs to a checkpoint besides its iterations. Raises WriteError on every rank, naming the
-    directory; the unfinished part is then removed.
+    `chunks` are the bare models of this rank, one for each virtual stage; their adapters are left out.
+    `directory` is on a file system that the ranks share. The iteration appears under its name only when all
+    ranks have written it, and replaces an older one of the same number. Before that rank 0 calls
+    `write_beside`, which puts into `directory` what belongs to a checkpoint besides its iterations. Raises
+    WriteError on every rank, naming the directory; the unfinished part is then removed.
     """
+    return save_state(
+        _Models(chunks),
+        directory,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        iteration=iteration,
+        write_beside=write_beside,
+    )
+
+
+def save_state(
+    part: Saved,
+    directory: Path,
+    *,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    iteration: int,
+    write_beside: Callable[[], None] = lambda: None,
+) -> Path:
+    """As save_torch_dist, for any part of a model."""
     final = directory / iteration_name(iteration)
     partial = partial_of(final)
     _on_rank_0(f"{partial} cannot be created", lambda: make_partial(final))
-    state = _state(chunks, _CONTENT, optimizer, is_loading=False)
+    state = _state(part, _CONTENT, optimizer, is_loading=False)
     state |= {"checkpoint_version": 3.0, "iteration": iteration}
     if scheduler is not None:
         state["opt_param_scheduler"] = scheduler.state_dict()
@@ -107,14 +128,25 @@ def load_torch_dist(
     checkpoint is left alone. Keys of the checkpoint that begin with one of `ignored` need no place in the
     model. Rows that pad the vocabulary beyond the checkpoint's become zero. Raises ConfigError when it is no
     checkpoint, and MegatronCheckpointError, on every rank and before a parameter changes, listing by name
-    every missing, unexpected and mis-shaped tensor and every truncated file.
+    every missing, unexpected and mis-shaped tensor and every truncated file. Adapters are left as they are.
     """
+    return load_state(_Models(chunks), directory, optimizer=optimizer, scheduler=scheduler, ignored=ignored)
+
+
+def load_state(
+    part: Saved,
+    directory: Path,
+    *,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    ignored: Sequence[str] = (),
+) -> int:
+    """As load_torch_dist, for any part of a model."""
     folder = find_iteration(directory)
     metadata, content = _read_metadata(folder)
-    state = _state(chunks, content, optimizer, is_loading=True)
-    wanted = _wanted(state)
-    _raise_together(_mismatches(folder, metadata, wanted, ignored, with_optimizer=optimizer is not None))
-    _clear_new_padding(state, metadata)
+    state = _state(part, content, optimizer, is_loading=True)
+    _raise_together(mismatches(folder, metadata, state, ignored, with_optimizer=optimizer is not None))
+    clear_new_padding(state, metadata)
     loaded = cast(
         dict[str, Any],
         _together(
@@ -124,7 +156,7 @@ def load_torch_dist(
     )
     _together(
         f"{folder}: the checkpoint could not be loaded",
-        lambda: _apply(chunks, loaded, content, optimizer, scheduler),
+        lambda: _apply(part, loaded, content, optimizer, scheduler),
     )
     return int(loaded.get("iteration", 0))
 
@@ -135,20 +167,31 @@ def holds(directory: Path, prefix: str) -> bool:
     return any(key.startswith(prefix) for key in metadata.state_dict_metadata)
 
 
-def _model_keys(chunks: Sequence[MegatronModule]) -> list[str]:
-    """Megatron-LM's names of a rank's models in the state."""
-    return ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
+class _Models:
+    """Whole models, without their adapters, under Megatron-LM's names."""
+
+    def __init__(self, chunks: Sequence[MegatronModule]) -> None:
+        self._chunks = chunks
+        single = len(chunks) == 1
+        self._keys = ["model"] if single else [f"model{number}" for number in range(len(chunks))]
+
+    def state(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        with detached(self._chunks):
+            return {
+                key: chunk.sharded_state_dict(metadata=metadata)
+                for key, chunk in zip(self._keys, self._chunks, strict=True)
+            }
+
+    def fill(self, loaded: Mapping[str, Any]) -> None:
+        with detached(self._chunks):
+            for key, chunk in zip(self._keys, self._chunks, strict=True):
+                chunk.load_state_dict(loaded[key])
 
 
-def _state(
-    chunks: Sequence[MegatronModule], content: Mapping[str, Any], optimizer: Any, *, is_loading: bool
-) -> dict[str, Any]:
+def _state(part: Saved, content: Mapping[str, Any], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     metadata = {**content, "dp_cp_group": group}
-    state: dict[str, Any] = {
-        name: chunk.sharded_state_dict(metadata=metadata)
-        for name, chunk in zip(_model_keys(chunks), chunks, strict=True)
-    }
+    state = part.state(metadata)
     if optimizer is not None:
         with _whole_buckets(optimizer, content):
             state["optimizer"] = optimizer.sharded_state_dict(
@@ -196,106 +239,14 @@ def _read_metadata(folder: Path) -> tuple[Metadata, dict[str, Any]]:
     return _together(f"{folder}: .metadata, metadata.json or common.pt is missing or damaged", read)
 
 
-def _sharded(state: Any) -> Iterator[ShardedTensor]:
-    match state:
-        case ShardedTensor():
-            yield state
-        case dict():
-            for value in state.values():
-                yield from _sharded(value)
-        case list():
-            for value in state:
-                yield from _sharded(value)
-        case dist_checkpointing.mapping.ShardedTensorFactory():
-            yield from _sharded(state.build())
-        case _:
-            return
-
-
-def _wanted(state: Mapping[str, Any]) -> _Wanted:
-    tensors = list(_sharded(dict(state)))
-    return _Wanted(
-        shapes={tensor.key: tuple(tensor.global_shape) for tensor in tensors},
-        padded=frozenset(tensor.key for tensor in tensors if tensor.allow_shape_mismatch),
-    )
-
-
-def _stored_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
-    return {
-        key: tuple(entry.size)
-        for key, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-
-
-def _mismatches(
-    folder: Path, metadata: Metadata, wanted: _Wanted, ignored: Sequence[str], *, with_optimizer: bool
-) -> str | None:
-    """Everything that keeps the checkpoint from being loaded into the models of all ranks, or None."""
-    stored = _stored_shapes(metadata)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, wanted)
-    shapes = {key: shape for each in everyone for key, shape in each.shapes.items()}
-    padded = {key for each in everyone for key in each.padded}
-    skipped = (*ignored, *(() if with_optimizer else _STATE))
-    if with_optimizer and not any(key.startswith(_STATE) for key in stored):
-        return f"{folder} has no optimizer state; load it without, or save with it"
-    lines = [f"missing: {key} {list(shape)}" for key, shape in shapes.items() if key not in stored]
-    lines += [
-        f"unexpected: {key} {list(shape)}"
-        for key, shape in stored.items()
-        if key not in shapes and not key.startswith(skipped)
-    ]
-    lines += [
-        f"{key} is {list(stored[key])} in the checkpoint, {list(shape)} in the model"
-        for key, shape in shapes.items()
-        if key in stored and not _fits(stored[key], shape, key in padded)
-    ]
-    if lines:
-        return f"{folder} does not fit the model:\n  " + "\n  ".join(sorted(lines))
-    return _truncated(folder, metadata)
-
-
-def _fits(stored: tuple[int, ...], shape: tuple[int, ...], padded: bool) -> bool:
-    return stored == shape or (padded and stored[1:] == shape[1:])
-
-
-def _truncated(folder: Path, metadata: Metadata) -> str | None:
-    ends: dict[str, int] = {}
-    for place in metadata.storage_data.values():
-        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
-    lines: list[str] = []
-    for file, end in sorted(ends.items()):
-        path = folder / file
-        if not path.is_file():
-            lines.append(f"{path} is missing")
-        elif path.stat().st_size < end:
-            lines.append(f"{path} is truncated: {path.stat().st_size} bytes of {end}")
-    return "\n".join(lines) or None
-
-
-@torch.no_grad()
-def _clear_new_padding(state: Mapping[str, Any], metadata: Metadata) -> None:
-    # Megatron leaves rows that the checkpoint does not have as they are: here that is unwritten memory.
-    stored = _stored_shapes(metadata)
-    for tensor in _sharded(dict(state)):
-        if (
-            tensor.data is not None
-            and tensor.allow_shape_mismatch
-            and stored[tensor.key] != tuple(tensor.global_shape)
-        ):
-            tensor.data.zero_()
-
-
 def _apply(
-    chunks: Sequence[MegatronModule],
+    part: Saved,
     loaded: Mapping[str, Any],
     content: Mapping[str, Any],
     optimizer: Any,
     scheduler: Any,
 ) -> None:
-    for name, chunk in zip(_model_keys(chunks), chunks, strict=True):
-        chunk.load_state_dict(loaded[name])
+    part.fill(loaded)
     if optimizer is not None:
         state = loaded["optimizer"]
         fully = _is_fully_reshardable(content)
@@ -324,7 +275,8 @@ def _regrouped(optimizer: Any, loaded: dict[Any, Any]) -> dict[Any, Any]:
         states.append(
             {
                 "optimizer": {"param_groups": groups},
-                "param_state": own["param_state"],
+                # A pipeline stage may train nothing, and a checkpoint does not hold empty dictionaries.
+                "param_state": own.get("param_state", {}),
                 "param_state_sharding_type": _CONTENT["distrib_optim_sharding_type"],
             }
         )

@@ -25,6 +25,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from actors.megatron_logprobs import vocab_parallel_logprobs
+from actors.megatron_lora import adapters_off, sum_expert_gradients
 from actors.megatron_setup import Device, build_chunks, optimizer_config, scheduler, transformer_config
 from algorithms.data import FloatRow, MicroBatch, StepResult, float_row
 from algorithms.roles import TokenLoss
@@ -35,6 +36,7 @@ from configs.errors import BasculeError
 from configs.schema import LayoutConfig, RunConfig
 
 Load = Callable[[list[torch.nn.Module]], None]
+Adapt = Callable[[list[torch.nn.Module]], None]
 Finish = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, Any]]
 
 
@@ -46,8 +48,9 @@ class FrozenModel:
     """This rank's part of a model, for log-probabilities only: a reference, or the inside of MegatronModel.
 
     Parameters are of `dtype`. `load` gets the chunks, one for each virtual pipeline stage of this rank, and
-    has to fill every parameter. With `mtp` the multi-token-prediction layers are there too, to be converted.
-    Raises ConfigError when the model does not fit the parallel layout.
+    has to fill every parameter; then `adapt` gets them, to attach and fill adapters. With `mtp` the
+    multi-token-prediction layers are there too, to be converted. Raises ConfigError when the model does not
+    fit the parallel layout.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class FrozenModel:
         *,
         device: Device,
         load: Load,
+        adapt: Adapt | None = None,
         mtp: bool = False,
     ) -> None:
         check_layout(spec, layout, training=False)
@@ -66,6 +70,8 @@ class FrozenModel:
         self.config = transformer_config(layout, dtype, spec, device)
         self.chunks = build_chunks(self.config, spec, mtp)
         load(list(self.chunks))
+        if adapt is not None:
+            adapt(list(self.chunks))
 
     def logprobs(self, micro_batches: Sequence[MicroBatch], temperature: float) -> list[FloatRow] | None:
         """Log-probability of `labels_T` for every micro-batch, float32 [T] each; None off the last stage.
@@ -164,14 +170,23 @@ class FrozenModel:
 class MegatronModel:
     """This rank's part of the policy, with its gradients, optimizer and learning-rate schedule.
 
-    `load` gets the bare chunks and has to fill every parameter; it runs before the optimizer takes its
-    float32 copies. Raises ConfigError when the model does not fit the parallel layout.
+    `load` gets the bare chunks and has to fill every parameter, then `adapt` may attach adapters; both run
+    before the optimizer takes its float32 copies. Only parameters that require a gradient have one, and
+    optimizer state. Raises ConfigError when the model does not fit the parallel layout.
     """
 
-    def __init__(self, run: RunConfig, spec: MegatronSpec, *, device: Device, load: Load) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        spec: MegatronSpec,
+        *,
+        device: Device,
+        load: Load,
+        adapt: Adapt | None = None,
+    ) -> None:
         check_layout(spec, run.trainer)
         dtype = TORCH_DTYPES[run.model.torch_dtype]
-        self._model = FrozenModel(run.trainer, dtype, spec, device=device, load=load)
+        self._model = FrozenModel(run.trainer, dtype, spec, device=device, load=load, adapt=adapt)
         config = self._model.config
         config.finalize_model_grads_func = _finalize_gradients
         ddp_config = DistributedDataParallelConfig(
@@ -193,6 +208,11 @@ class MegatronModel:
     def logprobs(self, micro_batches: Sequence[MicroBatch], temperature: float) -> list[FloatRow] | None:
         """As FrozenModel.logprobs, under the current weights."""
         return self._model.logprobs(micro_batches, temperature)
+
+    def base_logprobs(self, micro_batches: Sequence[MicroBatch], temperature: float) -> list[FloatRow] | None:
+        """As FrozenModel.logprobs, of the base model: as if no adapters were attached."""
+        with adapters_off(self.chunks):
+            return self._model.logprobs(micro_batches, temperature)
 
     def step(
         self, micro_batches: Sequence[MicroBatch], num_loss_tokens: int, loss: TokenLoss, temperature: float
@@ -254,6 +274,7 @@ class MegatronModel:
 
 
 def _finalize_gradients(model: list[torch.nn.Module], num_tokens: torch.Tensor, **groups: Any) -> None:
+    sum_expert_gradients(model)
     # Without the number of tokens Megatron reduces gradients but does not divide them a second time.
     finalize_model_grads(model, None, **groups)
 
