@@ -41,11 +41,13 @@ class WeightBridge:
         *,
         version: int | None = 0,
         probe: Sequence[int] = (),
+        adapter: Mapping[str, Any] | None = None,
     ) -> None:
         """Give everyone the plan and connect the groups, within cluster.start_timeout_s.
 
         `version` is the one that engines start with; None when their weights are of no use. `probe` are the
-        tokens that bridge.check_logprobs_every scores.
+        tokens that bridge.check_logprobs_every scores. `adapter` is the content of an adapter_config.json when
+        the trainers' plan is that of an adapter.
         """
         self._settings = config.bridge
         self._start_timeout_s = config.cluster.start_timeout_s
@@ -65,6 +67,7 @@ class WeightBridge:
         )
         self._version = version
         self._probe = tuple(probe)
+        self._adapter = adapter
         self._sent = False
         self._left = self._settings.max_recoveries
         self._joined: tuple[Member, ...] = ()
@@ -181,7 +184,7 @@ class WeightBridge:
             transport=self._settings.transport,
         )
         partial = self._settings.skip_unchanged
-        joining = self._engines.meet(members, meeting, self._wire, partial)
+        joining = self._engines.meet(members, meeting, self._wire, partial, self._adapter)
         refs, owners = self._home.join(meeting, trainer_port if with_trainers else None)
         deadline.get_all(
             [*refs, *joining],

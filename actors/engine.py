@@ -61,16 +61,30 @@ class _Request:
 
 
 class Engine:
-    """One vLLM engine, as an async Ray actor. Its processes, core and workers, end with the actor."""
+    """One vLLM engine, as an async Ray actor. Its processes, core and workers, end with the actor.
+
+    With a `max_lora_rank` it samples with the adapter that it was sent last, before that with the base model;
+    `lora_modules` are the last names of the modules that the adapter may have, by default all that vLLM can adapt.
+    """
 
     def __init__(
-        self, name: str, model_path: str, config: RunConfig, device: str, with_weights: bool = True
+        self,
+        name: str,
+        model_path: str,
+        config: RunConfig,
+        device: str,
+        with_weights: bool = True,
+        max_lora_rank: int | None = None,
+        lora_modules: Sequence[str] | None = None,
     ) -> None:
         self._load_format = "auto" if with_weights else "dummy"
         self._name = name
         self._model_path = model_path
         self._config = config
         self._device = device
+        self._max_lora_rank = max_lora_rank
+        self._lora_modules = lora_modules
+        self._lora_request: Any = None
         self._llm: Any = None
         self._version = 0
         self._failed_sync: str | None = None
@@ -92,13 +106,16 @@ class Engine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        arguments = engine_arguments(self._config, self._model_path, self._device)
+        arguments = engine_arguments(
+            self._config, self._model_path, self._device, self._max_lora_rank, self._lora_modules
+        )
         arguments["load_format"] = self._load_format
         try:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
             await self._llm.update_weight_version(str(self._version))
             self._processes = EngineProcesses(await self._llm.collective_rpc("process_id"))
             self._processes.drop_names_of_shared_memory()
+            await self._start_adapter()
             # It is asked for once, and no prompt is to wait for it.
             await self._llm.get_supported_tasks()
         except Exception as error:
@@ -164,7 +181,10 @@ class Engine:
             # One that a pause aborted is asked for again.
             while not answers or answers[-1].outputs[0].finish_reason == "abort":
                 await self._unpaused()
-                answers += [answer async for answer in self._llm.generate(row, params, name)]
+                answers += [
+                    answer
+                    async for answer in self._llm.generate(row, params, name, lora_request=self._lora_request)
+                ]
         except Exception as error:
             raise self._failure(f"{len(tokens)} tokens to score", error) from error
         entries = answers[-1].prompt_logprobs[1:]
@@ -218,6 +238,8 @@ class Engine:
             await self._llm.start_weight_update()
             await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"version": version}))
             await self._llm.finish_weight_update(str(version))
+            if self._lora_request is not None:
+                await self._llm.collective_rpc("activate_adapter")
         except Exception as error:
             self._failed_sync = f"the update to weight version {version} failed: {error}"
             raise EngineError(f"{self._name}: {self._failed_sync}") from error
@@ -257,6 +279,15 @@ class Engine:
         """End vLLM's processes."""
         self._llm.shutdown()
 
+    async def _start_adapter(self) -> None:
+        """Have an adapter that changes nothing, so that what is in flight over the first sync has a later one."""
+        if self._max_lora_rank is None:
+            return
+        from bridge.transport.lora_loading import adapter_request
+
+        await self._llm.collective_rpc("activate_adapter")
+        self._lora_request = adapter_request()
+
     async def _complete(self, request: _Request, index: int) -> Rollout:
         pieces: list[Any] = []
         while True:
@@ -280,7 +311,8 @@ class Engine:
         tokens = [*request.prompt.tokens.tolist(), *(token for piece in before for token in piece.token_ids)]
         params = piece_params(request.sampling, index, before)
         output: Any = None
-        async for answer in self._llm.generate(tokens_input(tokens), params, request.name_of(index)):
+        name, lora = request.name_of(index), self._lora_request
+        async for answer in self._llm.generate(tokens_input(tokens), params, name, lora_request=lora):
             (output,) = answer.outputs
         return output
 

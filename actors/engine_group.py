@@ -85,11 +85,17 @@ class EngineGroup:
         self._give_weights = give_weights
 
     def meet(
-        self, members: Sequence[Member], meeting: Meeting, plan: Mapping[str, Any], partial: bool
+        self,
+        members: Sequence[Member],
+        meeting: Meeting,
+        plan: Mapping[str, Any],
+        partial: bool,
+        adapter: Mapping[str, Any] | None = None,
     ) -> list[Any]:
         """Let the engines join the group of the sender, which is rank 0 of the meeting.
 
-        `plan` is as bridge.sync_plan.to_wire makes it. Returns refs at once, for the sender has to join as well.
+        `plan` is as bridge.sync_plan.to_wire makes it, of a model's tensors, or of those of the adapter whose
+        adapter_config.json has this content. Returns refs at once, for the sender has to join as well.
         """
         common = {
             "host": meeting.host,
@@ -99,6 +105,7 @@ class EngineGroup:
             "peers": list(meeting.peers),
             "partial": partial,
             "plan": plan,
+            "adapter": None if adapter is None else dict(adapter),
         }
         return [
             member.actor.init_weights.remote({**common, "rank_offset": 1 + place * self.workers})
@@ -265,10 +272,13 @@ def create_engines(
     bundle_indices: Sequence[int],
     *,
     with_weights: bool = True,
+    max_lora_rank: int | None = None,
+    lora_modules: Sequence[str] | None = None,
 ) -> EngineGroup:
     """One engine in each of the bundles; `start` and `ready` make them sample, with weight version 0.
 
-    Without weights they start with random ones and have to be sent a version before they sample.
+    Without weights they start with random ones and have to be sent a version before they sample. With a
+    `max_lora_rank` they can be sent an adapter; see Engine.
     """
     device = resolve_device(config.model.device)
     rollout, cluster = config.rollout, config.cluster
@@ -287,7 +297,8 @@ def create_engines(
             "runtime_env": {"env_vars": environment},
         }
         actor: Any = ray.remote(Engine).options(**options)
-        return actor.remote(f"engine {index}", model_path, config, device, with_weights)
+        settings = (model_path, config, device, with_weights, max_lora_rank, lora_modules)
+        return actor.remote(f"engine {index}", *settings)
 
     pool = EnginePool(
         [make(index) for index in range(len(bundle_indices))],

@@ -1,14 +1,29 @@
 """What vLLM is told: arguments and environment of an engine."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bridge.transport.registry import OWNED_ENGINE
+from configs.errors import ConfigError
 from configs.schema import RolloutConfig, RunConfig
 
+# What vLLM 0.32 makes room for.
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
-def engine_arguments(config: RunConfig, model_path: str, device: str) -> dict[str, Any]:
-    """Arguments for vLLM's AsyncEngineArgs."""
+
+def engine_arguments(
+    config: RunConfig,
+    model_path: str,
+    device: str,
+    max_lora_rank: int | None = None,
+    lora_modules: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Arguments for vLLM's AsyncEngineArgs; with a `max_lora_rank` for one adapter of at most that rank.
+
+    `lora_modules` are the last names of the modules that it may adapt, by default all that vLLM can. Raises
+    ConfigError when the rank is larger than vLLM allows.
+    """
     rollout = config.rollout
     return {
         "model": model_path,
@@ -27,6 +42,19 @@ def engine_arguments(config: RunConfig, model_path: str, device: str) -> dict[st
         "weight_transfer_config": {"backend": config.bridge.transport},
         "disable_log_stats": True,
         **_memory_arguments(rollout, device),
+        **({} if max_lora_rank is None else _lora_arguments(max_lora_rank, lora_modules)),
+    }
+
+
+def _lora_arguments(rank: int, modules: Sequence[str] | None) -> dict[str, Any]:
+    allowed = next((allowed for allowed in _LORA_RANKS if allowed >= rank), None)
+    if allowed is None:
+        raise ConfigError(f"lora_rank: vLLM takes ranks up to {_LORA_RANKS[-1]}, the adapter has {rank}")
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": allowed,
+        "lora_target_modules": None if modules is None else list(modules),
     }
 
 

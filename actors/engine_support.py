@@ -1,14 +1,18 @@
 """Which models vLLM computes as transformers does, and which of them can take new weights while they run."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from actors.model_source import Contents, ModelSource
 from configs.errors import ConfigError
 
 _DEEPSEEK_V3 = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 """What vLLM 0.32 reads from the config of a DeepSeek-V3, and transformers takes for granted."""
+
+_IGNORED_ADAPTERS = ("kv_b_proj", "shared_expert_gate")
+"""Of DeepSeek's latent attention, and of the shared expert of Qwen2-MoE."""
+_MAX_VOCABULARY = 258048
 
 
 def check_routing(directory: Path, hf_config: Mapping[str, Any]) -> None:
@@ -56,3 +60,27 @@ def check_not_quantized(source: ModelSource, hf_config: Mapping[str, Any], conte
             "they could not take the trainer's weights, which are not; give a copy of the directory without "
             "that key"
         )
+
+
+def check_adapter_modules(
+    hf_config: Mapping[str, Any], modules: Collection[str], device: str = "cpu"
+) -> None:
+    """Raises ConfigError naming one of the adapted `modules` (paths in HF) that vLLM would not adapt, or wrongly.
+
+    Engines can have the trainer's merged weights instead, so the message says how.
+    """
+    for module in modules:
+        leaf = module.rpartition(".")[2]
+        if ".experts." in module and device == "cpu":
+            _refuse_module(module, "vLLM 0.32 cannot adapt experts on CPU")
+        if leaf in _IGNORED_ADAPTERS:
+            _refuse_module(module, "vLLM 0.32 ignores that")
+    if hf_config["vocab_size"] > _MAX_VOCABULARY and any(m.endswith("lm_head") for m in modules):
+        _refuse_module("lm_head", f"vLLM 0.32 adapts it up to a vocabulary of {_MAX_VOCABULARY}")
+
+
+def _refuse_module(module: str, why: str) -> NoReturn:
+    raise ConfigError(
+        f"target_modules: {module} is adapted, and {why}; leave it out, or set rollout.vllm_enable_lora to false, "
+        "so that engines get merged weights"
+    )

@@ -3,7 +3,7 @@
 import queue
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -14,13 +14,16 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.lora.lora_model import LoRAModel
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
+from bridge.adapter_config import AdapterConfig, parse_adapter_config
 from bridge.assembler import Assembler
 from bridge.sync_plan import SyncPlan, from_wire, unit_of
 from bridge.sync_protocol import WorkerReport, decode_header, empty_header, encode_report
 from bridge.transport.base import Group, TransportError, naming
+from bridge.transport.lora_loading import build_adapter, manager_of
 from bridge.transport.vllm_fixes import (
     abort_layerwise_reload,
     prepack_experts_on_update,
@@ -50,6 +53,8 @@ class SyncInitInfo(WeightTransferInitInfo):
     """What to call the ranks in messages."""
     partial: bool = False
     """Updates may leave out units that did not change."""
+    adapter: dict[str, Any] | None = None
+    """Content of a PEFT adapter_config.json: the plan has the tensors of that adapter, not those of the model."""
 
 
 @dataclass(kw_only=True)
@@ -61,6 +66,8 @@ class SyncUpdateInfo(WeightTransferUpdateInfo):
 
 class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
     """Receives the buckets of an update, checks every part, and loads unit by unit.
+
+    An adapter is kept until it has come whole and fits; WorkerExtension.activate_adapter takes it from here.
 
     A failed update leaves no open reload behind and closes the group, so that the sender fails at once
     instead of at its timeout; the weights are then a mixture until a full update has succeeded.
@@ -77,22 +84,43 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
         self._plan: SyncPlan
         self._partial = False
         self._layers_of: dict[str, set[str]] = {}
+        self._config: AdapterConfig | None = None
+        self._adapter_tensors: Mapping[str, torch.Tensor] = {}
+        self._adapter: LoRAModel | None = None
+        self._mixed = False
 
     @abstractmethod
     def _connect(self, info: SyncInitInfo, rank: int) -> Group:
         """Join the group of the sender. Raises TransportError."""
 
     def init_transfer_engine(self, init_info: SyncInitInfo) -> None:
-        """Join the group, leaving an earlier one. Raises TransportError, or SyncPlanError naming a tensor."""
+        """Join the group, leaving an earlier one.
+
+        Raises TransportError, SyncPlanError naming a tensor, or ConfigError naming a key of the adapter's config.
+        """
         self.shutdown()
         self._plan = from_wire(init_info.plan)
+        self._config = None
+        if init_info.adapter is not None:
+            manager_of(self.model)
+            self._config = parse_adapter_config(init_info.adapter)
         self._partial = init_info.partial
         parallel = self.parallel_config
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
         self._group = self._connect(init_info, rank)
 
     def start_weight_update(self) -> None:
-        """Open a layerwise reload of the model."""
+        """Open a layerwise reload of the model; an adapter needs none."""
+        self._adapter = None
+        if self._config is not None:
+            if self._mixed:
+                # So that the sender fails at once.
+                self.shutdown()
+                raise TransportError(
+                    "the model's own weights are those of a failed update; an adapter is no help"
+                )
+            return
+        self._mixed = True
         if current_platform.is_cpu():
             prepack_experts_on_update(self.model)
         try:
@@ -117,15 +145,23 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
 
     def finish_weight_update(self) -> None:
         """Process what waited for the end: attention, padding, shared matrices."""
+        if self._config is not None:
+            return
         finalize_layerwise_reload(self.model, self.model_config)
         if current_platform.is_cpu():
             repack_tied_lm_head(self.model)
+        self._mixed = False
 
     def shutdown(self) -> None:
         """Leave the group."""
         if self._group is not None:
             self._group.close()
             self._group = None
+
+    def take_adapter(self) -> LoRAModel | None:
+        """The adapter of the last update, once; None where that was the model, or there was none."""
+        adapter, self._adapter = self._adapter, None
+        return adapter
 
     def _receive(self, version: int) -> None:
         where = f"weights of version {version}"
@@ -142,6 +178,7 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
             )
         assembler = Assembler(self._plan, units)
         loaded = 0
+        of_adapter: dict[str, torch.Tensor] = {}
         group, plan = self._group, self._plan
         numbers = plan.buckets_of(units)
         receive = (partial(self._receive_bucket, group, plan.buckets[number].nbytes) for number in numbers)
@@ -149,13 +186,28 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
             place = f"{where}, bucket {number} of {len(self._plan.buckets)}"
             with naming(place):
                 for weights in assembler.add(number, buffer, with_hashes=order.hashes(number)):
-                    self._load_unit(weights)
+                    if self._config is None:
+                        self._load_unit(weights)
+                    of_adapter |= {} if self._config is None else dict(weights)
                     loaded += len(weights)
         if assembler.missing:
             raise TransportError(f"{where}: these did not come whole: {', '.join(assembler.missing[:8])}")
-        self._check_complete(where, None if order.full else units)
+        if self._config is None:
+            self._check_complete(where, None if order.full else units)
+        else:
+            with naming(where):
+                self._keep_adapter(of_adapter, self._config)
         report = WorkerReport(version=version, tensors=loaded, digest=assembler.digest)
         self._group.send(encode_report(report), 0)
+
+    def _keep_adapter(self, tensors: Mapping[str, torch.Tensor], config: AdapterConfig) -> None:
+        """Make vLLM's adapter of these tensors, and of those of the last update where they are only some."""
+        if self._partial:
+            # Not views of a bucket, which would live as long as any of its tensors is not sent again.
+            tensors = {**self._adapter_tensors, **{name: tensor.clone() for name, tensor in tensors.items()}}
+            tensors = {info.name: tensors[info.name] for info in self._plan.tensors}
+        self._adapter = build_adapter(manager_of(self.model), tensors, config)
+        self._adapter_tensors = tensors if self._partial else {}
 
     def _receive_bucket(self, group: Group, nbytes: int) -> torch.Tensor:
         """A bucket in new memory: until its layer is complete, vLLM keeps views of what it was given."""

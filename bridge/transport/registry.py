@@ -32,12 +32,18 @@ def register() -> None:
 def _repair() -> None:
     from vllm.platforms import current_platform
 
-    from bridge.transport.vllm_fixes import hear_all_workers, require_written_for, rotate_heads_flat
+    from bridge.transport.vllm_fixes import (
+        hear_all_workers,
+        keep_experts_with_adapters_elsewhere,
+        require_written_for,
+        rotate_heads_flat,
+    )
 
     require_written_for()
     hear_all_workers()
     if current_platform.is_cpu():
         rotate_heads_flat()
+        keep_experts_with_adapters_elsewhere()
 
 
 def exit_with_parent() -> None:

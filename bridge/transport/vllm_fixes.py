@@ -13,6 +13,7 @@ import torch
 import vllm
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -147,6 +148,26 @@ def hear_all_workers() -> None:
     # Any: ours has fewer names for what it hands on.
     executor: Any = MultiprocExecutor
     executor.collective_rpc = _collective_rpc
+
+
+def keep_experts_with_adapters_elsewhere() -> None:
+    """Let experts be computed as without LoRA when an engine has it for other modules. CPU only.
+
+    Symptom: with enable_lora vLLM takes Triton's kernel for all experts, also when lora_target_modules leaves
+    them out; on CPU there is no Triton, and the first prompt fails.
+    To be dropped when select_unquantized_moe_backend looks at the modules, or at the platform.
+    """
+    _EXPERTS.select_unquantized_moe_backend = _backend_without_lora
+
+
+# Any: it imports the function for itself.
+_EXPERTS: Any = unquantized_fused_moe_method
+_select_backend = _EXPERTS.select_unquantized_moe_backend
+
+
+def _backend_without_lora(moe_config: Any) -> Any:
+    moe_config.is_lora_enabled = False
+    return _select_backend(moe_config)
 
 
 class _Answers:

@@ -136,16 +136,18 @@ class Sender:
         ranks: int = 1,
         spoil: Callable[[int, torch.Tensor], None] = lambda number, buffer: None,
         partial: bool = False,
+        adapter: dict[str, Any] | None = None,
     ) -> None:
         plan = plan_of(tensors, ranks)
         self.plan = cut_plan(plan, bucket_bytes)
+        self.tensors = tensors
         self._engines = engines
         self._members = engines.pool.members("up")
         self._senders = [weights.Sender(tensors, plan, self.plan, rank) for rank in range(ranks)]
         self._spoil = spoil
         peers = ("bridge", *engines.worker_names(self._members))
         meeting = Meeting(host="127.0.0.1", port=free_port("127.0.0.1"), peers=peers, timeout_s=60)
-        refs = engines.meet(self._members, meeting, to_wire(self.plan), partial)
+        refs = engines.meet(self._members, meeting, to_wire(self.plan), partial, adapter)
         self.group = meeting.join(0)
         engines.wait(self._members, refs, "connect")
         self.reports: list[WorkerReport] = []
