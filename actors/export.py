@@ -5,7 +5,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from actors import deadline
+from actors.adapter_source import AdapterSource, read_adapter, read_mcore_adapter
 from actors.checkpoint_files import find_iteration
 from actors.cluster import connect
 from actors.env import check_one_source, resolve_device
@@ -66,7 +69,8 @@ def export(config: ExportConfig, console: Console) -> dict[str, Any]:
     check_one_source()
     source = find_model(config.model, config.mcore_model, "model")
     output = config.output_dir.resolve()
-    check_output(source, output, exist_ok=config.exist_ok)
+    adapter = _find_adapter(config, source)
+    check_output(source, output, exist_ok=config.exist_ok, adapter=adapter)
     family, spec = spec_of(source.directory)
     check_layout(spec, config.layout, training=False)
     tensors = tensors_of(source)
@@ -75,7 +79,14 @@ def export(config: ExportConfig, console: Console) -> dict[str, Any]:
         check_tensors(family, spec, tensors, source.directory, mtp=has_mtp)
     sample = _sample(config, source, spec) if config.test_convert_precision else None
     device = resolve_device(config.device)
-    task = Task(config=config, source=source, device=device, output=output, key=_key(config, source))
+    task = Task(
+        config=config,
+        source=source,
+        adapter=adapter,
+        device=device,
+        output=output,
+        key=_key(config, source, adapter),
+    )
     bundles = export_bundles(config, model_size(source, tensors), device)
     with connect(config.cluster) as cluster:
         reservation = reserve(
@@ -88,9 +99,20 @@ def export(config: ExportConfig, console: Console) -> dict[str, Any]:
     return {"output_dir": str(written), "not_finite": list(not_finite), "passed": passed}
 
 
-def check_output(source: ModelSource, output: Path, *, exist_ok: bool) -> None:
+def _find_adapter(config: ExportConfig, source: ModelSource) -> AdapterSource | None:
+    if config.adapters is not None:
+        return read_adapter(config.adapters, source, "adapters")
+    if config.mcore_adapter is not None:
+        return read_mcore_adapter(config.mcore_adapter, source, "mcore_adapter")
+    return None
+
+
+def check_output(
+    source: ModelSource, output: Path, *, exist_ok: bool, adapter: AdapterSource | None = None
+) -> None:
     """Raises ConfigError when `output` cannot be written, or would replace what is not to be lost."""
     read = [source.directory, *([] if source.mcore is None else [find_iteration(source.mcore)])]
+    read += _places(adapter)
     # Files too: they may be links to where the output is to go.
     for path in [*read, *(file for directory in read for file in directory.iterdir() if file.is_file())]:
         place = path.resolve()
@@ -123,9 +145,16 @@ def finish(output: Path, passed: bool, console: Console) -> Path:
     return output
 
 
-def _key(config: ExportConfig, source: ModelSource) -> str:
-    read = source.directory if source.mcore is None else find_iteration(source.mcore)
-    changed = max(path.stat().st_mtime_ns for path in read.iterdir())
+def _places(adapter: AdapterSource | None) -> list[Path]:
+    """Where an adapter is read from."""
+    if adapter is None:
+        return []
+    return [path for path in (adapter.directory, adapter.mcore and find_iteration(adapter.mcore)) if path]
+
+
+def _key(config: ExportConfig, source: ModelSource, adapter: AdapterSource | None) -> str:
+    read = [source.directory if source.mcore is None else find_iteration(source.mcore), *_places(adapter)]
+    changed = [max(path.stat().st_mtime_ns for path in directory.iterdir()) for directory in read]
     return f"{read} {changed} {config.layout.model_dump_json()} {config.torch_dtype} {config.max_shard_size}"
 
 
@@ -158,6 +187,15 @@ def _convert(task: Task, ranks: _Ranks, console: Console) -> tuple[str, ...]:
     return not_finite
 
 
+def _reference_logits(task: Task, sample: SampleBatch, dtype: torch.dtype) -> torch.Tensor:
+    """Those of transformers: of the output where it is a model, else of the source, with the adapter in it."""
+    to_hf, written = task.config.to_hf, partial_of(task.output)
+    if to_hf and not task.only_adapter:
+        return reference_logits(written, sample.tokens, dtype, task.device)
+    adapter = None if task.adapter is None else written if to_hf else task.adapter.directory
+    return reference_logits(task.source.directory, sample.tokens, dtype, task.device, adapter)
+
+
 def _test(task: Task, sample: SampleBatch, ranks: _Ranks, console: Console) -> bool:
     """The precision test: every tensor bit for bit, then logits against transformers'."""
     config = task.config
@@ -169,8 +207,7 @@ def _test(task: Task, sample: SampleBatch, ranks: _Ranks, console: Console) -> b
     if differ:
         console.line(f"these differ: {', '.join(differ)}")
     logits = next(found for found in ranks.call("logits", sample) if found is not None)
-    directory = partial_of(task.output) if config.to_hf else task.source.directory
-    expected = reference_logits(directory, sample.tokens, logits.dtype, task.device)
+    expected = _reference_logits(task, sample, logits.dtype)
     report = compare_logits(expected, logits[None], sample.loss_mask)
     for line in report.lines():
         console.line(line)

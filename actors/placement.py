@@ -69,9 +69,11 @@ def bundles_of(config: RunConfig, size: ModelSize, device: str) -> tuple[Bundle,
     # Parameters, float32 gradients, and float32 main parameters with two moments, split over replicas.
     shares = _shares(trainer, size)
     state = sum(share * (item + 4) + share * 12 // replicas for share, replicas in shares)
-    reference = (
-        sum(share for share, _ in shares) * item if config.algorithm == "grpo" and config.grpo.beta > 0 else 0
-    )
+    weights = sum(share for share, _ in shares) * item
+    reference = weights if config.algorithm == "grpo" and config.grpo.beta > 0 else 0
+    if config.tuner.tuner_type == "lora":
+        # Gradients and optimizer state are of adapters, which are a few hundredths of the model.
+        state = weights + weights // 4
     ranks = [
         Bundle(
             owner="trainer", cpus=cluster.cpus_per_trainer_rank, gpus=gpus, memory=_GIB + state + reference

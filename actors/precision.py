@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 
+from bridge.adapter_bridge import adapted_modules
+from bridge.adapter_config import ADAPTER_WEIGHTS, read_adapter_config
+from bridge.checkpoint import CheckpointReader
+from bridge.layouts import region_of
+from bridge.lora import PREFIX
 from configs.errors import BasculeError
 
 _QUESTION = "How does a bascule bridge open, and why does it take so little power?"
@@ -145,11 +150,16 @@ def sample_tokens(
 
 
 def reference_logits(
-    model_dir: Path, tokens: torch.Tensor, dtype: torch.dtype, device: str = "cpu"
+    model_dir: Path,
+    tokens: torch.Tensor,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    adapter_dir: Path | None = None,
 ) -> torch.Tensor:
     """Float32 logits [B, S, V] that transformers computes in `dtype` with eager attention; on CPU.
 
-    Reads local files only; the model is gone afterwards. Raises BasculeError when it cannot be loaded.
+    With `adapter_dir` the PEFT adapter that is there is merged into the model first. Reads local files only; the
+    model is gone afterwards. Raises BasculeError when it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -171,6 +181,8 @@ def reference_logits(
     if found["missing_keys"]:
         names = ", ".join(sorted(found["missing_keys"]))
         raise BasculeError(f"{model_dir}: transformers needs tensors that are not there: {names}")
+    if adapter_dir is not None:
+        merge_adapter(model, adapter_dir)
     model.to(device).eval()
     with torch.no_grad():
         logits = model(tokens.to(device), use_cache=False).logits.float().cpu()
@@ -178,6 +190,45 @@ def reference_logits(
     # Modules refer to each other in circles, so their memory is not free before this.
     gc.collect()
     return logits
+
+
+@torch.no_grad()
+def merge_adapter(model: Any, directory: Path) -> None:
+    """Add a PEFT adapter to the weights of a transformers model, module by module, in float32.
+
+    Raises BasculeError naming a module that the model does not have.
+    """
+    config = read_adapter_config(directory)
+    with CheckpointReader(directory, ADAPTER_WEIGHTS) as reader:
+        tensors = {name: reader.read(name, region_of(info.shape)) for name, info in reader.tensors.items()}
+    for module in adapted_modules(tensors):
+        weight = _weight_of(model, module, directory)
+        prefix = f"{PREFIX}{module}.lora_"
+        if f"{prefix}embedding_A" in tensors:
+            delta = (tensors[f"{prefix}embedding_B"].float() @ tensors[f"{prefix}embedding_A"].float()).T
+        else:
+            delta = tensors[f"{prefix}B.weight"].float() @ tensors[f"{prefix}A.weight"].float()
+        weight.copy_(weight.float() + config.scale_of(module) * delta)
+    for name, tensor in tensors.items():
+        module = name.removeprefix(PREFIX).rpartition(".")[0]
+        if config.saves(module):
+            _weight_of(model, module, directory).copy_(tensor)
+
+
+def _weight_of(model: Any, module: str, directory: Path) -> torch.Tensor:
+    """A view of a module's weight; transformers packs those of experts, gate above up."""
+    experts, found, rest = module.partition(".experts.")
+    try:
+        if not found:
+            return model.get_submodule(module).weight
+        packed = model.get_submodule(f"{experts}.experts")
+    except AttributeError as error:
+        raise BasculeError(f"{directory}: transformers' model has no module {module}") from error
+    number, leaf = rest.split(".")
+    if leaf == "down_proj":
+        return packed.down_proj[int(number)]
+    both = packed.gate_up_proj[int(number)]
+    return both.chunk(2)[leaf == "up_proj"]
 
 
 def _chat_tokens(tokenizer: Any) -> tuple[list[int], int]:

@@ -4,12 +4,13 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from actors.adapter_source import AdapterSource, find_adapter, read_adapter
 from actors.cluster import connect
-from actors.engine_support import check_engines, check_not_quantized
+from actors.engine_support import check_adapter_modules, check_engines, check_not_quantized
 from actors.env import check_one_source, resolve_device
 from actors.metrics import Console, RunRecorder, finite_or_none, plot_curve
 from actors.model_source import (
@@ -21,7 +22,7 @@ from actors.model_source import (
     read_contents,
 )
 from actors.placement import Bundle, Reservation, bundles_of, reserve
-from actors.trainer import TrainerGroup
+from actors.trainer import MERGED, Sources, TrainerGroup
 from algorithms import grpo, sft
 from algorithms.data import Prompt, TrainSample
 from algorithms.datasets import make_prompts, make_sft_samples, read_rows
@@ -42,8 +43,7 @@ from configs.schema import RunConfig
 class Prepared:
     """A run that has passed every check that needs no cluster."""
 
-    source: ModelSource
-    reference: ModelSource | None
+    sources: Sources
     spec: MegatronSpec
     num_parameters: int
     device: str
@@ -65,7 +65,12 @@ def prepare(config: RunConfig) -> Prepared:
         )
     source = find_model(config.model.model, config.model.mcore_model, "model.model")
     spec, contents = _check_model(source, config, has_engines=is_grpo)
-    reference = _reference(config, source, spec) if is_grpo else None
+    adapter = find_adapter(config.tuner, source)
+    sources = Sources(model=source, adapter=adapter)
+    if is_grpo and adapter is not None and config.rollout.vllm_enable_lora:
+        check_adapter_modules(read_hf_config(source.directory), sorted(adapter.modules), device)
+    if is_grpo:
+        sources = _with_reference(config, sources, spec)
     size = model_size(source, contents.tensors)
     tokenizer = load_tokenizer(source.directory)
     rows = read_rows(config.data, "train", config.seed)
@@ -84,8 +89,7 @@ def prepare(config: RunConfig) -> Prepared:
         for reward in rewards:
             check_arguments(reward, columns)
     return Prepared(
-        source=source,
-        reference=reference,
+        sources=sources,
         spec=spec,
         num_parameters=size.num_parameters,
         device=device,
@@ -115,24 +119,29 @@ def _check_model(
     return spec, contents
 
 
-def _reference(config: RunConfig, policy: ModelSource, spec: MegatronSpec) -> ModelSource | None:
-    """The reference, if the run has one; it must be able to score the policy's tokens."""
-    model = config.model
+def _with_reference(config: RunConfig, sources: Sources, spec: MegatronSpec) -> Sources:
+    """With the reference, if the run has one of its own; it must be able to score the policy's tokens."""
+    model, ref_adapters = config.model, config.tuner.ref_adapters
     given = model.ref_model is not None or model.mcore_ref_model is not None
     if config.grpo.beta == 0:
-        if given:
-            raise ConfigError("model.ref_model: is not used while grpo.beta is 0; set beta or leave it out")
-        return None
-    if not given:
-        return policy
-    source = find_model(model.ref_model, model.mcore_ref_model, "model.ref_model")
-    ref_spec, _ = _check_model(source, config, has_engines=False)
-    if ref_spec.vocab_size != spec.vocab_size:
-        raise ConfigError(
-            f"model.ref_model: {source.directory} has {ref_spec.vocab_size} tokens in its "
-            f"vocabulary, the model {spec.vocab_size}"
-        )
-    return source
+        unused = "model.ref_model" if given else "tuner.ref_adapters" if ref_adapters is not None else None
+        if unused:
+            raise ConfigError(f"{unused}: is not used while grpo.beta is 0; set beta or leave it out")
+        return sources
+    # The model without its adapters is there already, unless more than adapters is trained.
+    if sources.adapter is not None and not (given or ref_adapters or config.tuner.modules_to_save):
+        return sources
+    source = sources.model
+    if given:
+        source = find_model(model.ref_model, model.mcore_ref_model, "model.ref_model")
+        ref_spec, _ = _check_model(source, config, has_engines=False)
+        if ref_spec.vocab_size != spec.vocab_size:
+            raise ConfigError(
+                f"model.ref_model: {source.directory} has {ref_spec.vocab_size} tokens in its "
+                f"vocabulary, the model {spec.vocab_size}"
+            )
+    adapter = None if ref_adapters is None else read_adapter(ref_adapters, source, "tuner.ref_adapters")
+    return replace(sources, reference=source, reference_adapter=adapter)
 
 
 def _check_length(prompt: Prompt, config: RunConfig, spec: MegatronSpec) -> None:
@@ -197,19 +206,23 @@ def _run_grpo(
     from actors.reward_worker import create_reward_group
 
     start = time.monotonic()
-    source = prepared.source
+    source, adapter = prepared.sources.model, prepared.sources.adapter
+    # What engines are sent in place of the model.
+    sent = adapter if config.rollout.vllm_enable_lora else None
     engines = create_engines(
         config,
         str(source.directory),
         reservation.group,
         reservation.indices("engine"),
         with_weights=source.mcore is None,
+        max_lora_rank=sent.largest_rank if sent is not None else None,
+        lora_modules=sent.leaves if sent is not None else None,
     )
     # Watching engines ends before the run leaves Ray, whatever happens.
     with closing(engines):
         # Both take a good part of a minute on a small machine; neither needs the other.
         starting = engines.start()
-        trainers = TrainerGroup(config, reservation, prepared.device, source, prepared.reference, directory)
+        trainers = TrainerGroup(config, reservation, prepared.device, prepared.sources, directory)
         _warn(trainers.warnings, console)
         engines.ready(starting, config.cluster.start_timeout_s)
         weights = WeightBridge(
@@ -217,8 +230,10 @@ def _run_grpo(
             reservation,
             trainers,
             engines,
-            version=0 if source.mcore is None else None,
+            # An adapter that has been trained before is not in the files that engines read.
+            version=0 if source.mcore is None and (adapter is None or adapter.is_new) else None,
             probe=prepared.prompts[0].tokens.tolist(),
+            adapter=None if sent is None else sent.peft_config(source.directory),
         )
         if source.mcore is not None:
             weights.sync(0)
@@ -241,7 +256,7 @@ def _run_sft(
     console: Console,
 ) -> None:
     start = time.monotonic()
-    trainers = TrainerGroup(config, reservation, prepared.device, prepared.source, None, directory)
+    trainers = TrainerGroup(config, reservation, prepared.device, prepared.sources, directory)
     _warn(trainers.warnings, console)
     console.line(f"trainers are up after {time.monotonic() - start:.1f}s")
     samples = PromptStream(prepared.samples, seed=config.seed, shuffle=config.data.shuffle)
@@ -282,8 +297,9 @@ def _is_after_a_step(line: str) -> bool:
 def _make_directory(config: RunConfig, prepared: Prepared) -> Path:
     """The run directory, with the resolved config in it. Raises ConfigError when it holds a run already."""
     directory = config.output_dir.resolve()
-    sources = [source for source in (prepared.source, prepared.reference) if source is not None]
-    read = [path for source in sources for path in (source.directory, source.mcore) if path is not None]
+    sources = prepared.sources
+    found = (sources.model, sources.reference, sources.adapter, sources.reference_adapter)
+    read = [path for each in found if each is not None for path in (each.directory, each.mcore) if path]
     if any(_is_own_checkpoint(directory, path) for path in read):
         raise ConfigError(
             f"output_dir: {directory} would replace the checkpoint that the run starts from; choose another"
@@ -293,10 +309,16 @@ def _make_directory(config: RunConfig, prepared: Prepared) -> Path:
             f"output_dir: {directory} holds a run already; choose another, or set exist_ok to replace it"
         )
     steps = [step for step in range(1, config.max_steps + 1) if config.saves_at(step)]
-    for name in ("checkpoint", *(f"checkpoint-{step}" for step in steps)):
+    names = ["checkpoint", *(f"checkpoint-{step}" for step in steps)]
+    merged = [f"{name}{MERGED}" for name in names] if config.tuner.merge_lora else []
+    for name in [*names, *merged]:
         check_replaceable(directory / name)
         # A torch_dist checkpoint adds an iteration, and who gives the directory as a model would read these.
-        if not config.checkpoint.save_safetensors and any((directory / name).glob("*.safetensors")):
+        if (
+            name in names
+            and not config.checkpoint.save_safetensors
+            and any((directory / name).glob("*.safetensors"))
+        ):
             raise ConfigError(
                 f"output_dir: {directory / name} holds safetensors of an earlier run, which this run, saving "
                 "torch_dist, would leave there; remove it, or choose another output_dir"
@@ -309,14 +331,22 @@ def _make_directory(config: RunConfig, prepared: Prepared) -> Path:
     return directory
 
 
+def _adapter_lines(adapter: AdapterSource | None) -> list[str]:
+    if adapter is None:
+        return []
+    start = "new" if adapter.is_new else f"from {adapter.mcore or adapter.directory}"
+    return [f"trained: LoRA adapters of {len(adapter.modules)} modules, rank {adapter.config.r}, {start}"]
+
+
 def describe(config: RunConfig, prepared: Prepared) -> Sequence[str]:
     """What the run would start and where, line by line."""
     from actors.placement import describe as describe_bundles
 
-    trainer = config.trainer
+    trainer, source = config.trainer, prepared.sources.model
     lines = [
-        f"model: {prepared.source.mcore or prepared.source.directory} ({prepared.spec.num_layers} layers, "
+        f"model: {source.mcore or source.directory} ({prepared.spec.num_layers} layers, "
         f"{prepared.num_parameters / 1e6:.1f} M parameters), device {prepared.device}",
+        *_adapter_lines(prepared.sources.adapter),
         f"trainer: {trainer.world_size} ranks = tensor {trainer.tensor_model_parallel_size} x pipeline "
         f"{trainer.pipeline_model_parallel_size} x data {trainer.data_parallel_size}",
     ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from actors import deadline
+from actors.adapter_source import AdapterSource, fill_adapter, write_adapter_beside
 from actors.model_source import ModelSource, tensors_of, write_beside
 from actors.placement import Reservation
 from actors.ranks import free_address, join, start_ranks
@@ -22,7 +23,24 @@ from configs.sizes import parse_size
 if TYPE_CHECKING:
     from actors.megatron_model import FrozenModel, MegatronModel
     from actors.megatron_setup import Device
+    from bridge.adapter_bridge import AdapterBridge
     from bridge.model_bridge import ModelBridge
+
+
+MERGED = "-merged"
+"""Ending of a checkpoint's name beside the adapter's, with the adapter merged into the model."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sources:
+    """What trainer ranks load."""
+
+    model: ModelSource
+    adapter: AdapterSource | None = None
+    """What is trained; all of the model without one."""
+    reference: ModelSource | None = None
+    """Of a model of its own; without one the reference of a run with an adapter is the model without it."""
+    reference_adapter: AdapterSource | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +60,10 @@ class TrainerRank:
         self._rank = rank
         self._device = device
         self._model: MegatronModel
-        self._reference: FrozenModel
+        self._reference: FrozenModel | None = None
         self._weights: ModelBridge
+        self._adapters: AdapterBridge | None = None
+        self._sources: Sources
         self._parameters: Mapping[str, torch.Tensor]
         self._plan: Plan
         self._sync: SyncRank
@@ -52,7 +72,7 @@ class TrainerRank:
         """A `tcp://` rendezvous that was free on this rank's node a moment ago."""
         return free_address()
 
-    def start(self, address: str, source: ModelSource, reference: ModelSource | None) -> Started:
+    def start(self, address: str, sources: Sources) -> Started:
         """Join the group, build and load the model; returns the plan of its weights, the same on every rank."""
         config, device = self._config, cast("Device", self._device)
         join(
@@ -63,21 +83,51 @@ class TrainerRank:
             device=device,
             seed=config.seed,
         )
-        from actors.megatron_model import FrozenModel, MegatronModel
-        from bridge.megatron import named_parameters
+        from actors.megatron_model import MegatronModel
         from bridge.model_bridge import ModelBridge
 
+        source = sources.model
+        self._sources = sources
         self._weights = ModelBridge(source.directory, tensors_of(source))
         warnings: list[str] = []
+        adapt = None
+        if sources.adapter is not None:
+            self._adapters = sources.adapter.bridge(self._weights)
+            adapt = partial(_adapt, self._adapters, sources.adapter, config.seed, warnings)
         load = partial(_load, self._weights, source, warnings)
-        self._model = MegatronModel(config, self._weights.spec, device=device, load=load)
-        if reference is not None:
-            bridge = ModelBridge(reference.directory, tensors_of(reference))
-            load = partial(_load, bridge, reference, warnings)
-            self._reference = FrozenModel(config.trainer, self._dtype, bridge.spec, device=device, load=load)
-        self._parameters = named_parameters(self._model.chunks)
-        self._plan = self._weights.plan(self._model.chunks, self._dtype, copies=False)
+        self._model = MegatronModel(config, self._weights.spec, device=device, load=load, adapt=adapt)
+        if sources.reference is not None:
+            self._reference = self._load_reference(sources, warnings)
+        self._parameters, self._plan = self._what_is_synced()
         return Started(plan=self._plan if self._rank == 0 else None, warnings=tuple(warnings))
+
+    def _load_reference(self, sources: Sources, warnings: list[str]) -> "FrozenModel":
+        from actors.megatron_model import FrozenModel
+        from bridge.model_bridge import ModelBridge
+
+        source, adapter = sources.reference, sources.reference_adapter
+        assert source is not None, "a run without a reference loads none"
+        bridge = ModelBridge(source.directory, tensors_of(source))
+        return FrozenModel(
+            self._config.trainer,
+            self._dtype,
+            bridge.spec,
+            device=cast("Device", self._device),
+            load=partial(_load, bridge, source, warnings),
+            adapt=None
+            if adapter is None
+            else partial(_adapt, adapter.bridge(bridge), adapter, self._config.seed, warnings),
+        )
+
+    def _what_is_synced(self) -> tuple[Mapping[str, torch.Tensor], Plan]:
+        """What engines are sent, and how: the whole model, with adapters in it, or these alone."""
+        from bridge.megatron import named_parameters
+
+        chunks = self._model.chunks
+        if self._adapters is not None and self._config.rollout.vllm_enable_lora:
+            return self._adapters.parameters(chunks), self._adapters.plan(chunks, self._dtype)
+        plan = self._weights.plan(chunks, self._dtype, copies=False)
+        return named_parameters(chunks) if self._adapters is None else self._adapters.merged(chunks), plan
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -96,8 +146,12 @@ class TrainerRank:
     ) -> list[FloatRow] | None:
         """Log-probabilities of the labels on the last pipeline stage, else None; by default at the loss's
         temperature."""
-        model = self._reference if reference else self._model
-        return model.logprobs(micro_batches, temperature or self._config.loss_temperature)
+        temperature = temperature or self._config.loss_temperature
+        if not reference:
+            return self._model.logprobs(micro_batches, temperature)
+        if self._reference is None:
+            return self._model.base_logprobs(micro_batches, temperature)
+        return self._reference.logprobs(micro_batches, temperature)
 
     def follow(self, bucket_bytes: int) -> None:
         """Cut the plan into buckets; from now on sending needs no more words."""
@@ -110,26 +164,57 @@ class TrainerRank:
 
     def save(self, directory: Path, iteration: int) -> None:
         """Write a checkpoint as the config says; every rank does it together."""
-        settings = self._config.checkpoint
-        if settings.save_safetensors:
-            self._weights.save(
+        if self._adapters is not None:
+            self._save_adapter(self._adapters, directory, iteration)
+            if self._config.tuner.merge_lora:
+                merged = directory.with_name(directory.name + MERGED)
+                self._save_model(merged, self._adapters.merged(self._model.chunks))
+        elif self._config.checkpoint.save_safetensors:
+            self._save_model(directory)
+        else:
+            from actors.megatron_checkpoint import save_torch_dist
+
+            save_torch_dist(
                 self._model.chunks,
                 directory,
-                torch_dtype=self._dtype,
-                max_shard_size=parse_size(settings.max_shard_size),
+                **self._state_to_save(iteration),
+                write_beside=partial(
+                    write_beside, directory, self._weights, torch_dtype=self._dtype, mtp=False
+                ),
             )
-            return
-        from actors.megatron_checkpoint import save_torch_dist
 
-        whole = not settings.no_save_optim
-        save_torch_dist(
+    def _save_model(self, directory: Path, parameters: Mapping[str, torch.Tensor] | None = None) -> None:
+        self._weights.save(
             self._model.chunks,
             directory,
-            optimizer=self._model.optimizer if whole else None,
-            scheduler=self._model.scheduler if whole else None,
-            iteration=iteration,
-            write_beside=partial(write_beside, directory, self._weights, torch_dtype=self._dtype, mtp=False),
+            torch_dtype=self._dtype,
+            max_shard_size=parse_size(self._config.checkpoint.max_shard_size),
+            parameters=parameters,
         )
+
+    def _save_adapter(self, adapters: "AdapterBridge", directory: Path, iteration: int) -> None:
+        if self._config.checkpoint.save_safetensors:
+            adapters.save(self._model.chunks, directory)
+            return
+        from actors.megatron_adapter_checkpoint import save_adapter
+
+        source, chunks = self._sources.adapter, self._model.chunks
+        assert source is not None, "there are adapters"
+        plan, base = adapters.plan(chunks), self._weights.directory
+        save_adapter(
+            chunks,
+            directory,
+            **self._state_to_save(iteration),
+            write_beside=partial(write_adapter_beside, directory, source, base, plan),
+        )
+
+    def _state_to_save(self, iteration: int) -> dict[str, Any]:
+        whole = not self._config.checkpoint.no_save_optim
+        return {
+            "optimizer": self._model.optimizer if whole else None,
+            "scheduler": self._model.scheduler if whole else None,
+            "iteration": iteration,
+        }
 
 
 def _load(bridge: "ModelBridge", source: ModelSource, warnings: list[str], chunks: list[Any]) -> None:
@@ -145,6 +230,14 @@ def _load(bridge: "ModelBridge", source: ModelSource, warnings: list[str], chunk
         warnings.append(f"{source.mcore or source.directory}: NaN or infinities in {', '.join(found)}")
 
 
+def _adapt(
+    bridge: "AdapterBridge", source: AdapterSource, seed: int, warnings: list[str], chunks: list[Any]
+) -> None:
+    found = fill_adapter(bridge, source, seed, chunks)
+    if found:
+        warnings.append(f"{source.directory}: NaN or infinities in {', '.join(found)}")
+
+
 class TrainerGroup:
     """All trainer ranks; implements the Trainer protocol of the loops."""
 
@@ -153,8 +246,7 @@ class TrainerGroup:
         config: RunConfig,
         reservation: Reservation,
         device: str,
-        source: ModelSource,
-        reference: ModelSource | None,
+        sources: Sources,
         directory: Path,
     ) -> None:
         """Start the ranks and load the weights, within cluster.start_timeout_s. Saves go under `directory`."""
@@ -168,7 +260,7 @@ class TrainerGroup:
             self.ranks[0].address.remote(), self._names[0], timeout_s=timeout_s, phase="start of the trainer"
         )
         started: list[Started] = self._all(
-            [rank.start.remote(address, source, reference) for rank in self.ranks], "load", timeout_s
+            [rank.start.remote(address, sources) for rank in self.ranks], "load", timeout_s
         )
         assert started[0].plan is not None, "rank 0 tells the plan"
         self.plan = started[0].plan

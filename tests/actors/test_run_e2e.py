@@ -3,8 +3,6 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from algorithms.data import Prompt, SamplingSettings, int_row
-from tests.actors.engine_helpers import reference_greedy, run_config
-from tests.actors.run_helpers import Finished, Running, make_workspace, rows, run, start
+from algorithms.data import int_row
+from tests.actors.engine_helpers import reference_greedy
+from tests.actors.run_helpers import Finished, Running, make_workspace, rows, start
 
 pytestmark = pytest.mark.e2e
-pytest_plugins = ("tests.actors.engine_fixtures",)
 
 LAYOUTS = {
     "tensor": [
@@ -71,29 +68,6 @@ def kill_an_engine(running: Running, metrics: Path) -> None:
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="module")
-def fresh_engines(runs: dict[str, Finished], workspace: Path, ray_cluster: str) -> Iterator[dict[str, Any]]:
-    """An engine for every run, loaded from its checkpoint."""
-    from ray.util.placement_group import placement_group
-
-    from actors.engine_group import create_engines
-
-    group = placement_group([{"CPU": 0.5}] * len(runs))
-    assert group.wait(60)
-
-    def start(number: int, name: str) -> Any:
-        path = workspace / name / "checkpoint"
-        engines = create_engines(run_config(path), str(path), group, [number])
-        engines.ready(engines.start(), 300)
-        return engines
-
-    with ThreadPoolExecutor(len(runs)) as threads:
-        found = dict(zip(runs, threads.map(start, range(len(runs)), runs), strict=True))
-    yield found
-    for engines in found.values():
-        engines.close()
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_run_ends_with_its_result_and_leaves_no_process(
     runs: dict[str, Finished], workspace: Path, name: str
@@ -133,34 +107,22 @@ def test_after_every_sync_the_engine_computes_what_the_trainer_computes(
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_last_sync_equals_a_fresh_engine_and_transformers_on_the_checkpoint(
-    fresh_engines: dict[str, Any], workspace: Path, name: str
+def test_the_engines_greedy_texts_after_the_last_sync_are_transformers_of_the_checkpoint(
+    runs: dict[str, Finished], workspace: Path, name: str
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    assert runs[name].code == 0
     checkpoint = workspace / name / "checkpoint"
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     last = [row for row in rows(workspace / name / "rollouts.jsonl") if _is_last_eval(row)]
     assert len(last) == 6
-    greedy = SamplingSettings(n=1, max_tokens=10, temperature=0.0)
-    prompts = {
-        row["prompt_id"]: Prompt(
-            id=row["prompt_id"],
-            tokens=int_row(tokenizer(row["messages"][-1]["content"])["input_ids"]),
-            messages=(),
-            columns={},
-        )
-        for row in last
-    }
-    requests = ((prompt, greedy) for prompt in prompts.values())
-    fresh = {group.prompt.id: group.rollouts[0] for group in fresh_engines[name].generate(requests)}
     for row in last:
-        rollout = fresh[row["prompt_id"]]
-        assert row["completion"] == rollout.text
-        assert row["finish"] == rollout.finish
+        tokens = int_row(tokenizer(row["messages"][-1]["content"])["input_ids"])
+        expected = reference_greedy(model, tokens, 10)
+        assert row["completion"] == tokenizer.decode(expected, skip_special_tokens=True)
         assert row["weight_versions"] == [3, 3]
-        assert rollout.tokens.tolist() == reference_greedy(model, prompts[row["prompt_id"]].tokens, 10)
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -207,26 +169,3 @@ def test_the_kl_to_the_reference_is_zero_before_the_first_step_and_then_not(
     kl = [row["kl"] for row in rows(workspace / "pipeline" / "metrics.jsonl") if "kl" in row]
     assert kl[0] == pytest.approx(0, abs=1e-9)
     assert kl[1] > 1e-4
-
-
-def test_sft_starts_from_transformers_loss_and_learns(workspace: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    finished = run("sft", "--config", str(workspace / "sft.yaml"))
-    assert finished.code == 0, finished.err
-    assert finished.left == []
-    model = AutoModelForCausalLM.from_pretrained(workspace / "model", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(workspace / "model")
-    total, count = 0.0, 0
-    for row in rows(workspace / "sft.jsonl"):
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        completion = [*tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id]
-        tokens = torch.tensor([prompt + completion])
-        labels = torch.tensor([[-100] * len(prompt) + completion])
-        with torch.no_grad():
-            total += model(tokens, labels=labels).loss.item() * len(completion)
-        count += len(completion)
-    losses = [row["loss"] for row in rows(workspace / "sft" / "metrics.jsonl")]
-    assert losses[0] == pytest.approx(total / count, rel=1e-4)
-    assert losses[-1] < losses[0]
-    AutoModelForCausalLM.from_pretrained(workspace / "sft" / "checkpoint")

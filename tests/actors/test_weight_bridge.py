@@ -22,7 +22,7 @@ from actors.bridge import WeightBridge
 from actors.engine_group import EngineGroup, create_engines
 from actors.model_source import ModelSource
 from actors.placement import Reservation, bundles_of, reserve
-from actors.trainer import TrainerGroup
+from actors.trainer import Sources, TrainerGroup
 from algorithms.data import Group, SamplingSettings, TrainSample, float_row, int_row
 from algorithms.packing import pack
 from configs.schema import RunConfig
@@ -126,7 +126,7 @@ def stack(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     reservation = reserve(bundles_of(config, size, "cpu"), timeout_s=60, can_grow=False)
     engines = create_engines(config, str(source.directory), reservation.group, reservation.indices("engine"))
     starting = engines.start()
-    trainers = TrainerGroup(config, reservation, "cpu", source, None, folder)
+    trainers = TrainerGroup(config, reservation, "cpu", Sources(model=source), folder)
     engines.ready(starting, 300)
     weights = WeightBridge(config, reservation, trainers, engines, probe=PROBE)
     yield Stack(config, reservation, trainers, engines, weights, folder)

@@ -1,0 +1,183 @@
+"""LoRA by its commands: sft, grpo in both ways of sending, export; against peft on the transformers model."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from actors.cli import main
+from tests.actors.run_helpers import Finished, make_workspace, rows, run
+
+pytestmark = pytest.mark.e2e
+
+GRPO = (
+    *("--tuner_type", "lora", "--max_steps", "2", "--beta", "0.1", "--num_engines", "1"),
+    *("--pipeline_model_parallel_size", "1"),
+)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workspace(tmp_path_factory.mktemp("lora"), "llama")
+
+
+@pytest.fixture(scope="module")
+def sft(workspace: Path) -> Finished:
+    """Trains adapters of rank 4 on two tensor-parallel ranks."""
+    return run(
+        *("sft", "--config", str(workspace / "sft.yaml"), "--tuner_type", "lora", "--lora_rank", "4"),
+        *("--lora_dropout", "0", "--merge_lora", "true"),
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(sft: Finished, workspace: Path) -> dict[str, Finished]:
+    """Two runs from that adapter that differ only in what engines are sent."""
+    assert sft.code == 0, sft.err
+    return {
+        name: run(
+            *("grpo", "--config", str(workspace / "grpo.yaml"), "--output_dir", str(workspace / name), *GRPO),
+            *("--adapters", str(workspace / "sft" / "checkpoint"), "--vllm_enable_lora", text),
+        )
+        for name, text in (("adapter", "true"), ("merged", "false"))
+    }
+
+
+def transformers_model(directory: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def with_adapter(workspace: Path, directory: Path) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(transformers_model(workspace / "model"), str(directory)).eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(5, 45)[None]).logits
+
+
+def test_sft_starts_from_transformers_loss_and_learns(sft: Finished, workspace: Path) -> None:
+    from transformers import AutoTokenizer
+
+    assert sft.code == 0, sft.err
+    assert sft.left == []
+    model = transformers_model(workspace / "model")
+    tokenizer = AutoTokenizer.from_pretrained(workspace / "model")
+    total, count = 0.0, 0
+    for row in rows(workspace / "sft.jsonl"):
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        completion = [*tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id]
+        tokens = torch.tensor([prompt + completion])
+        labels = torch.tensor([[-100] * len(prompt) + completion])
+        with torch.no_grad():
+            total += model(tokens, labels=labels).loss.item() * len(completion)
+        count += len(completion)
+    losses = [row["loss"] for row in rows(workspace / "sft" / "metrics.jsonl")]
+    assert losses[0] == pytest.approx(total / count, rel=1e-4)
+    assert losses[-1] < losses[0]
+
+
+def test_the_checkpoint_is_pefts_and_the_merged_one_computes_the_same(sft: Finished, workspace: Path) -> None:
+    assert sft.code == 0
+    adapted = logits(with_adapter(workspace, workspace / "sft" / "checkpoint"))
+    merged = logits(transformers_model(workspace / "sft" / "checkpoint-merged"))
+    torch.testing.assert_close(adapted, merged, atol=2e-5, rtol=0)
+    assert float((adapted - logits(transformers_model(workspace / "model"))).abs().max()) > 0.1
+    config = json.loads((workspace / "sft" / "checkpoint" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 32, "LORA")
+
+
+def test_an_adapter_alone_gives_the_run_that_merged_weights_give(
+    runs: dict[str, Finished], workspace: Path
+) -> None:
+    steps: dict[str, list[dict[str, Any]]] = {}
+    for name, finished in runs.items():
+        assert finished.code == 0, finished.err
+        assert finished.left == []
+        steps[name] = [row for row in rows(workspace / name / "metrics.jsonl") if "loss" in row]
+        for row in steps[name]:
+            # Engine and trainer agree on the adapted model from the first step on.
+            assert row["sampling/logprob_difference_mean"] < 1e-5
+    for one, other in zip(steps["adapter"], steps["merged"], strict=True):
+        assert one["reward"] == pytest.approx(other["reward"])
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+        assert one["kl"] == pytest.approx(other["kl"], rel=1e-3)
+        assert one["sync/bytes"] < other["sync/bytes"] / 10
+    tensors = [load_file(workspace / name / "checkpoint" / "adapter_model.safetensors") for name in runs]
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, tensor in tensors[0].items():
+        torch.testing.assert_close(tensor, tensors[1][name], atol=1e-4, rtol=1e-2)
+
+
+def test_the_reference_is_the_model_without_its_adapter(runs: dict[str, Finished], workspace: Path) -> None:
+    """The estimate of the KL is of the first step's own samples, so it is compared with transformers' on them."""
+    assert runs["adapter"].code == 0
+    first = next(row for row in rows(workspace / "adapter" / "metrics.jsonl") if "kl" in row)
+    assert first["kl"] > 0.01
+
+
+def test_export_brings_the_adapter_to_megatron_and_back(sft: Finished, workspace: Path) -> None:
+    assert sft.code == 0
+    adapter, model = workspace / "sft" / "checkpoint", workspace / "model"
+    common = ("export", "--model", str(model), "--test_convert_precision", "true")
+    there = run(
+        *(
+            *common,
+            "--adapters",
+            str(adapter),
+            "--to_mcore",
+            "true",
+            "--output_dir",
+            str(workspace / "mcore"),
+        ),
+        *("--tensor_model_parallel_size", "2"),
+    )
+    assert there.code == 0, there.err
+    assert "28 of 28 tensors are the same bit for bit" in there.out
+    back = ("--mcore_adapter", str(workspace / "mcore"), "--to_hf", "true", "--output_dir")
+    for name, more in (("back", ()), ("whole", ("--merge_lora", "true"))):
+        finished = run(*common, *back, str(workspace / name), *more)
+        assert finished.code == 0, finished.err
+        assert "precision test passed" in finished.out
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, workspace / "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    expected = logits(with_adapter(workspace, adapter))
+    torch.testing.assert_close(logits(transformers_model(workspace / "whole")), expected, atol=2e-5, rtol=0)
+
+
+def test_wrong_adapters_are_refused_before_anything_starts(
+    sft: Finished, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sft.code == 0
+    common = ["sft", "--config", str(workspace / "sft.yaml"), "--output_dir", str(tmp_path / "out")]
+    common += ["--tuner_type", "lora"]
+    broken = tmp_path / "broken"
+    shutil.copytree(workspace / "sft" / "checkpoint", broken)
+    config = json.loads((broken / "adapter_config.json").read_text())
+    (broken / "adapter_config.json").write_text(json.dumps({**config, "r": 3}))
+    for words, message in (
+        (
+            ["--target_modules", "q_proj,w_proj"],
+            "tuner.target_modules: no module of the model is called w_proj",
+        ),
+        (["--modules_to_save", "head"], "tuner.modules_to_save: no module of the model is called head"),
+        (["--adapters", str(tmp_path / "none")], "tuner.adapters: there is no directory"),
+        (["--adapters", str(workspace / "model")], "adapter_config.json: cannot be read"),
+        (
+            ["--adapters", str(broken)],
+            "q_proj.lora_A.weight is [4, 64]; with this config and model it is [3, 64]",
+        ),
+        (["--mcore_adapter", str(workspace / "model")], "tuner.mcore_adapter:"),
+    ):
+        assert main([*common, *words]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
