@@ -11,6 +11,7 @@ from typing import Self
 import numpy as np
 import torch
 
+from bridge.adapter_config import ADAPTER_CONFIG
 from bridge.layouts import Region, region_shape, relative, slices
 from bridge.plan import TensorInfo
 from bridge.quantized import Quantized, find_quantized, weight_block_size
@@ -44,7 +45,9 @@ def resolve_model(model: str, option: str = "model.model") -> Path:
     path = Path(model)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"{option}: {path} has no config.json")
+            adapter = (path / ADAPTER_CONFIG).is_file()
+            hint = "; it is an adapter: give its model here, and it as --adapters" if adapter else ""
+            raise ConfigError(f"{option}: {path} has no config.json{hint}")
         return path
     if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
         raise ConfigError(f"{option}: no directory {model}")

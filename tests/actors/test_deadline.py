@@ -37,6 +37,8 @@ class ComponentError(BasculeError):
 
 def call(*plans: tuple[float, str], timeout_s: float = 60) -> list[Any]:
     actors: list[Any] = [Actor.remote() for _ in plans]
+    # Their start takes seconds on a busy machine, and is not what is waited for.
+    ray.get([actor.wait.remote(0, "up") for actor in actors])
     names = [f"actor {number}" for number in range(len(plans))]
     refs = [actor.wait.remote(*plan) for actor, plan in zip(actors, plans, strict=True)]
     return get_all(refs, names, timeout_s=timeout_s, phase="test")

@@ -176,6 +176,7 @@ def test_wrong_adapters_are_refused_before_anything_starts(
             ["--adapters", str(broken)],
             "q_proj.lora_A.weight is [4, 64]; with this config and model it is [3, 64]",
         ),
+        (["--model.model", str(broken)], "it is an adapter: give its model here, and it as --adapters"),
         (["--mcore_adapter", str(workspace / "model")], "tuner.mcore_adapter:"),
     ):
         assert main([*common, *words]) == 2
