@@ -1,6 +1,6 @@
 """Memory, seconds and bytes of a trainer rank with LoRA against one that trains the whole model.
 
-    python -m benchmarks.lora [--model models/smollm2-135m-instruct] [--rank 8] [--tokens 256] [--steps 4]
+    python -m benchmarks.lora [--model models/smollm2-135m-instruct] [--rank 8] [--tokens 64] [--steps 2]
 
 One process for each, one after the other, with the same batch in bfloat16. Memory is the peak of the resident
 memory over that of the process with the weights loaded and no optimizer; seconds are the median of the steps after
@@ -90,8 +90,8 @@ def main() -> None:
     )
     parser.add_argument("--model", default="models/smollm2-135m-instruct")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--kind", choices=("full", "lora"), help="measure in this process and write --result")
     parser.add_argument("--result", type=Path)
     options = parser.parse_args()
