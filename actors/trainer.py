@@ -121,11 +121,11 @@ class TrainerRank:
 
     def _what_is_synced(self) -> tuple[Mapping[str, torch.Tensor], Plan]:
         """What engines are sent, and how: the whole model, with adapters in it, or these alone."""
-        from bridge.megatron import named_parameters
+        from bridge.megatron import all_parameters, named_parameters
 
         chunks = self._model.chunks
         if self._adapters is not None and self._config.rollout.vllm_enable_lora:
-            return self._adapters.parameters(chunks), self._adapters.plan(chunks, self._dtype)
+            return all_parameters(chunks), self._adapters.plan(chunks, self._dtype)
         plan = self._weights.plan(chunks, self._dtype, copies=False)
         return named_parameters(chunks) if self._adapters is None else self._adapters.merged(chunks), plan
 

@@ -22,6 +22,7 @@ from bridge.lora import PREFIX, Target, adapter_claims, targets_of
 from bridge.megatron import (
     Claims,
     adapter_parameters,
+    all_parameters,
     hf_order,
     named_parameters,
     place_of_this_rank,
@@ -83,12 +84,6 @@ class AdapterBridge:
             None if self._tensors is None else adapted_modules(self._tensors),
         )
 
-    def parameters(self, model: Model) -> dict[str, torch.Tensor]:
-        """What is trained of this rank's part, by global name: adapters, and base weights of modules_to_save."""
-        chunks = chunks_of(model)
-        base = named_parameters(chunks)
-        return {name: base[name] for name in self.saved(chunks)} | adapter_parameters(chunks)
-
     def saved(self, model: Model) -> frozenset[str]:
         """Global names of this rank's base parameters that modules_to_save has trained."""
         return frozenset(piece.parameter for piece in self._saved(named_parameters(chunks_of(model))).pieces)
@@ -106,14 +101,17 @@ class AdapterBridge:
         """
         directory = directory or self.source
         assert directory is not None, "an adapter that was not read has no directory"
-        parameters = self.parameters(model)
+        chunks = chunks_of(model)
+        parameters = all_parameters(chunks)
         claims = self._claims(model)
         with CheckpointReader(directory, ADAPTER_WEIGHTS) as reader:
             _check(directory / ADAPTER_WEIGHTS, reader.tensors, claims.shapes)
             self._check_base_layers(directory, reader)
             guarded = GuardedReader(reader)
-            device = next(iter(named_parameters(chunks_of(model)).values())).device
-            _zero(parameters)
+            device = next(iter(parameters.values())).device
+            for parameter in adapter_parameters(chunks).values():
+                # Columns of A that stand for padding of the vocabulary are in no file.
+                parameter.detach().zero_()
             load_pieces(parameters, guarded, claims.pieces, reading_threads(device))
             bytes_read, not_finite = reader.bytes_read, sorted(reader.not_finite)
         failures, not_finite = all_everywhere(guarded.failures, not_finite)
@@ -127,7 +125,7 @@ class AdapterBridge:
         In the types of the adapter that was read or, where given, `torch_dtype`; of a new adapter in the types
         that it is trained in.
         """
-        parameters = self.parameters(model)
+        parameters = all_parameters(chunks_of(model))
         claims = self._claims(model)
         dtypes = {piece.tensor: parameters[piece.parameter].dtype for piece in claims.pieces}
         everyone: list[tuple[tuple[Piece, ...], Mapping[str, Shape], Mapping[str, torch.dtype]]]
@@ -148,7 +146,7 @@ class AdapterBridge:
         self, model: Model, torch_dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """PEFT's names and whole tensors in host memory, on every rank, which must all go through to the end."""
-        yield from exported(self.plan(model, torch_dtype), self.parameters(model), BUCKET_BYTES)
+        yield from exported(self.plan(model, torch_dtype), all_parameters(chunks_of(model)), BUCKET_BYTES)
 
     def save(
         self,
@@ -171,7 +169,7 @@ class AdapterBridge:
         writer = CheckpointWriter(directory, infos, max_shard_size=size + 1, rank=rank, file=ADAPTER_WEIGHTS)
         on_first_rank(writer.prepare)
         guarded = GuardedWriter(writer)
-        save_pieces(self.parameters(model), guarded, plan.buckets(BUCKET_BYTES), plan, rank)
+        save_pieces(all_parameters(chunks_of(model)), guarded, plan.buckets(BUCKET_BYTES), plan, rank)
         with guarded:
             if rank == 0 and carried:
                 self._carry_over(guarded, carried)
@@ -339,10 +337,3 @@ class AdapterMisfitError(RuleError):
 
     def __str__(self) -> str:
         return f"{self.where}: the adapter does not fit the model:\n  " + "\n  ".join(self.problems)
-
-
-def _zero(parameters: Mapping[str, torch.Tensor]) -> None:
-    """Columns of A that stand for padding of the vocabulary are in no file."""
-    for name, parameter in parameters.items():
-        if ".lora." in name:
-            parameter.detach().zero_()

@@ -96,15 +96,16 @@ def named_parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tenso
     One name for a parameter whether Megatron groups or fuses it or not; global numbers of layers and experts
     come from the modules themselves, so they hold under any split.
     """
-    return {name: tensor for name, tensor in _named(chunks).items() if ADAPTER not in name}
+    return {name: tensor for name, tensor in all_parameters(chunks).items() if ADAPTER not in name}
 
 
 def adapter_parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
     """A and B of this rank's adapters, by global name (bridge.lora.Target.parameter)."""
-    return {name: tensor for name, tensor in _named(chunks).items() if ADAPTER in name}
+    return {name: tensor for name, tensor in all_parameters(chunks).items() if ADAPTER in name}
 
 
-def _named(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
+def all_parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """Both. No rank is without one: a pipeline stage may have no adapter."""
     found: dict[str, torch.Tensor] = {}
     for chunk in chunks:
         # Looked at once: a walk over the modules of many experts takes its time.

@@ -95,6 +95,21 @@ def test_the_checkpoint_is_pefts_and_the_merged_one_computes_the_same(sft: Finis
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 32, "LORA")
 
 
+def test_a_pipeline_stage_may_have_no_adapter(workspace: Path) -> None:
+    finished = run(
+        *("sft", "--config", str(workspace / "sft.yaml"), "--output_dir", str(workspace / "last")),
+        *("--tuner_type", "lora", "--target_modules", "layers.1.self_attn.q_proj,layers.1.mlp.down_proj"),
+        *("--tensor_model_parallel_size", "1", "--pipeline_model_parallel_size", "2", "--max_steps", "2"),
+    )
+    assert finished.code == 0, finished.err
+    directory = workspace / "last" / "checkpoint"
+    found = load_file(directory / "adapter_model.safetensors")
+    modules = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in found}
+    assert modules == {"model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"}
+    adapted = logits(with_adapter(workspace, directory))
+    assert float((adapted - logits(transformers_model(workspace / "model"))).abs().max()) > 1e-3
+
+
 def test_an_adapter_alone_gives_the_run_that_merged_weights_give(
     runs: dict[str, Finished], workspace: Path
 ) -> None:
