@@ -15,8 +15,7 @@ from actors.checkpoint_files import (
     read_source_index,
     write_source_index,
 )
-from actors.model_source import ModelSource, tensors_of
-from bridge.adapter_bridge import AdapterBridge, check_adapter
+from bridge.adapter_bridge import AdapterBridge, check_adapter, leaf_names
 from bridge.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -67,7 +66,7 @@ class AdapterSource:
     @property
     def leaves(self) -> list[str]:
         """Last names of the modules."""
-        return sorted({name.rpartition(".")[2] for name in self.modules})
+        return leaf_names(self.modules)
 
     def bridge(self, base: ModelBridge) -> AdapterBridge:
         """The way between it and models of the shape of `base`."""
@@ -80,7 +79,7 @@ class AdapterSource:
         )
 
 
-def find_adapter(tuner: TunerConfig, base: ModelSource) -> AdapterSource | None:
+def find_adapter(tuner: TunerConfig, base: ModelBridge) -> AdapterSource | None:
     """The adapter that a run trains, checked against its model; None when all of the model is trained.
 
     Raises ConfigError naming the option, or the file and what does not fit.
@@ -101,13 +100,13 @@ def find_adapter(tuner: TunerConfig, base: ModelSource) -> AdapterSource | None:
         modules_to_save=tuner.modules_to_save,
     )
     try:
-        modules = check_adapter(_bridge(base), config, None, "")
+        modules = check_adapter(base, config, None, "")
     except ConfigError as error:
         raise ConfigError(f"tuner.{error}") from error
     return AdapterSource(config=config, modules=modules)
 
 
-def read_adapter(directory: Path, base: ModelSource, option: str) -> AdapterSource:
+def read_adapter(directory: Path, base: ModelBridge, option: str) -> AdapterSource:
     """A PEFT adapter of the model. Raises ConfigError naming the option, or the file and what does not fit."""
     directory = directory.resolve()
     if not (directory / ADAPTER_CONFIG).is_file() and (directory / LATEST).is_file():
@@ -120,11 +119,11 @@ def read_adapter(directory: Path, base: ModelSource, option: str) -> AdapterSour
     config = read_adapter_config(directory)
     with CheckpointReader(directory, ADAPTER_WEIGHTS) as reader:
         tensors = dict(reader.tensors)
-    modules = check_adapter(_bridge(base), config, tensors, str(directory / ADAPTER_WEIGHTS))
+    modules = check_adapter(base, config, tensors, str(directory / ADAPTER_WEIGHTS))
     return AdapterSource(config=config, modules=modules, tensors=tensors, directory=directory)
 
 
-def read_mcore_adapter(directory: Path, base: ModelSource, option: str) -> AdapterSource:
+def read_mcore_adapter(directory: Path, base: ModelBridge, option: str) -> AdapterSource:
     """An adapter in a torch_dist checkpoint that this project wrote. Raises ConfigError like read_adapter."""
     directory = directory.resolve()
     try:
@@ -138,7 +137,7 @@ def read_mcore_adapter(directory: Path, base: ModelSource, option: str) -> Adapt
     tensors = {
         each.name: TensorInfo(name=each.name, dtype=DTYPES[each.dtype], shape=each.shape) for each in index
     }
-    modules = check_adapter(_bridge(base), config, tensors, str(root))
+    modules = check_adapter(base, config, tensors, str(root))
     return AdapterSource(config=config, modules=modules, tensors=tensors, mcore=directory)
 
 
@@ -176,7 +175,3 @@ def fill_adapter(
     elif source.directory is not None:
         return bridge.load(chunks).not_finite
     return ()
-
-
-def _bridge(base: ModelSource) -> ModelBridge:
-    return ModelBridge(base.directory, tensors_of(base))

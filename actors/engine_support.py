@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from actors.model_source import Contents, ModelSource
+from bridge.transport.registry import IGNORED_ADAPTERS
 from configs.errors import ConfigError
 
 _DEEPSEEK_V3 = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 """What vLLM 0.32 reads from the config of a DeepSeek-V3, and transformers takes for granted."""
 
-_IGNORED_ADAPTERS = ("kv_b_proj", "shared_expert_gate")
-"""Of DeepSeek's latent attention, and of the shared expert of Qwen2-MoE."""
 _MAX_VOCABULARY = 258048
 
 
@@ -73,7 +72,7 @@ def check_adapter_modules(
         leaf = module.rpartition(".")[2]
         if ".experts." in module and device == "cpu":
             _refuse_module(module, "vLLM 0.32 cannot adapt experts on CPU")
-        if leaf in _IGNORED_ADAPTERS:
+        if leaf in IGNORED_ADAPTERS:
             _refuse_module(module, "vLLM 0.32 ignores that")
     if hf_config["vocab_size"] > _MAX_VOCABULARY and any(m.endswith("lm_head") for m in modules):
         _refuse_module("lm_head", f"vLLM 0.32 adapts it up to a vocabulary of {_MAX_VOCABULARY}")

@@ -21,6 +21,7 @@ from actors.ranks import start_ranks
 from bridge.checkpoint_writer import progress
 from bridge.families import spec_of
 from bridge.fit import check_layout
+from bridge.model_bridge import ModelBridge
 from bridge.parameters import check_tensors
 from bridge.partial_directory import (
     check_replaceable,
@@ -69,11 +70,11 @@ def export(config: ExportConfig, console: Console) -> dict[str, Any]:
     check_one_source()
     source = find_model(config.model, config.mcore_model, "model")
     output = config.output_dir.resolve()
-    adapter = _find_adapter(config, source)
+    tensors = tensors_of(source)
+    adapter = _find_adapter(config, ModelBridge(source.directory, tensors))
     check_output(source, output, exist_ok=config.exist_ok, adapter=adapter)
     family, spec = spec_of(source.directory)
     check_layout(spec, config.layout, training=False)
-    tensors = tensors_of(source)
     if tensors is not None:
         has_mtp = any(family.is_extra_layer(spec, name) for name in tensors)
         check_tensors(family, spec, tensors, source.directory, mtp=has_mtp)
@@ -99,11 +100,11 @@ def export(config: ExportConfig, console: Console) -> dict[str, Any]:
     return {"output_dir": str(written), "not_finite": list(not_finite), "passed": passed}
 
 
-def _find_adapter(config: ExportConfig, source: ModelSource) -> AdapterSource | None:
+def _find_adapter(config: ExportConfig, base: ModelBridge) -> AdapterSource | None:
     if config.adapters is not None:
-        return read_adapter(config.adapters, source, "adapters")
+        return read_adapter(config.adapters, base, "adapters")
     if config.mcore_adapter is not None:
-        return read_mcore_adapter(config.mcore_adapter, source, "mcore_adapter")
+        return read_mcore_adapter(config.mcore_adapter, base, "mcore_adapter")
     return None
 
 

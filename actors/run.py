@@ -31,6 +31,7 @@ from algorithms.rewards.loading import Reward, check_arguments, load_rewards
 from algorithms.roles import Roles
 from bridge.families import read_hf_config, spec_of
 from bridge.fit import check_layout
+from bridge.model_bridge import ModelBridge
 from bridge.parameters import check_tensors
 from bridge.partial_directory import check_replaceable
 from bridge.rules import MegatronSpec
@@ -65,12 +66,12 @@ def prepare(config: RunConfig) -> Prepared:
         )
     source = find_model(config.model.model, config.model.mcore_model, "model.model")
     spec, contents = _check_model(source, config, has_engines=is_grpo)
-    adapter = find_adapter(config.tuner, source)
+    adapter = find_adapter(config.tuner, ModelBridge(source.directory, contents.tensors))
     sources = Sources(model=source, adapter=adapter)
     if is_grpo and adapter is not None and config.rollout.vllm_enable_lora:
         check_adapter_modules(read_hf_config(source.directory), sorted(adapter.modules), device)
     if is_grpo:
-        sources = _with_reference(config, sources, spec)
+        sources = _with_reference(config, sources, spec, contents)
     size = model_size(source, contents.tensors)
     tokenizer = load_tokenizer(source.directory)
     rows = read_rows(config.data, "train", config.seed)
@@ -119,8 +120,11 @@ def _check_model(
     return spec, contents
 
 
-def _with_reference(config: RunConfig, sources: Sources, spec: MegatronSpec) -> Sources:
-    """With the reference, if the run has one of its own; it must be able to score the policy's tokens."""
+def _with_reference(config: RunConfig, sources: Sources, spec: MegatronSpec, contents: Contents) -> Sources:
+    """With the reference, if the run has one of its own; it must be able to score the policy's tokens.
+
+    `contents` are those of the policy.
+    """
     model, ref_adapters = config.model, config.tuner.ref_adapters
     given = model.ref_model is not None or model.mcore_ref_model is not None
     if config.grpo.beta == 0:
@@ -134,13 +138,16 @@ def _with_reference(config: RunConfig, sources: Sources, spec: MegatronSpec) -> 
     source = sources.model
     if given:
         source = find_model(model.ref_model, model.mcore_ref_model, "model.ref_model")
-        ref_spec, _ = _check_model(source, config, has_engines=False)
+        ref_spec, contents = _check_model(source, config, has_engines=False)
         if ref_spec.vocab_size != spec.vocab_size:
             raise ConfigError(
                 f"model.ref_model: {source.directory} has {ref_spec.vocab_size} tokens in its "
                 f"vocabulary, the model {spec.vocab_size}"
             )
-    adapter = None if ref_adapters is None else read_adapter(ref_adapters, source, "tuner.ref_adapters")
+    adapter = None
+    if ref_adapters is not None:
+        base = ModelBridge(source.directory, contents.tensors)
+        adapter = read_adapter(ref_adapters, base, "tuner.ref_adapters")
     return replace(sources, reference=source, reference_adapter=adapter)
 
 

@@ -24,7 +24,6 @@ ROOT = Path(__file__).parents[1]
 def measure(model: str, kind: str, rank: int, tokens: int, steps: int) -> dict[str, float]:
     """Train some steps in this process."""
     from actors.adapter_source import fill_adapter, find_adapter
-    from actors.model_source import ModelSource
     from actors.standalone import start_megatron
     from configs.schema import DataConfig, ModelConfig, RunConfig, TrainerConfig
     from configs.tuner import TunerConfig
@@ -45,7 +44,7 @@ def measure(model: str, kind: str, rank: int, tokens: int, steps: int) -> dict[s
     from bridge.model_bridge import ModelBridge
 
     bridge = ModelBridge(model)
-    adapter = find_adapter(run.tuner, ModelSource(directory=Path(model)))
+    adapter = find_adapter(run.tuner, bridge)
     adapters = None if adapter is None else adapter.bridge(bridge)
     before = 0
 

@@ -5,14 +5,14 @@ The model must have the adapters already (actors.megatron_lora); what is called 
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Self
 
 import torch
 import torch.distributed as dist
 
-from bridge.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig, read_adapter_config
+from bridge.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig
 from bridge.checkpoint import CheckpointError, CheckpointReader
 from bridge.checkpoint_writer import CheckpointWriter
 from bridge.claims import try_to_claim
@@ -66,13 +66,6 @@ class AdapterBridge:
         self.source = source
         self._tensors = tensors
 
-    @classmethod
-    def from_directory(cls, base: ModelBridge, directory: Path) -> Self:
-        """For a PEFT adapter. Raises ConfigError or CheckpointError naming the file."""
-        config = read_adapter_config(directory)
-        with CheckpointReader(directory, ADAPTER_WEIGHTS) as reader:
-            return cls(base, config, tensors=dict(reader.tensors), source=directory)
-
     def targets(self, model: Model) -> tuple[Target, ...]:
         """What of this rank's part of the model is adapted. Raises ConfigError like bridge.lora.targets_of."""
         return targets_of(
@@ -94,7 +87,7 @@ class AdapterBridge:
         return MergedParameters(named_parameters(chunks), adapter_parameters(chunks), self.targets(model))
 
     def load(self, model: Model, directory: Path | None = None) -> Loaded:
-        """Fill adapters and saved modules, by default from the directory of `from_directory`; all ranks together.
+        """Fill adapters and saved modules, by default from `source`; all ranks together.
 
         Raises AdapterMisfitError naming the file and listing every tensor that is missing, has another shape or
         belongs to nothing, before a byte of weights is read.
@@ -166,7 +159,7 @@ class AdapterBridge:
         rank = dist.get_rank()
         infos = [*plan.tensors, *carried]
         size = sum(info.nbytes for info in infos)
-        writer = CheckpointWriter(directory, infos, max_shard_size=size + 1, rank=rank, file=ADAPTER_WEIGHTS)
+        writer = CheckpointWriter(directory, infos, max_shard_size=size, rank=rank, file=ADAPTER_WEIGHTS)
         on_first_rank(writer.prepare)
         guarded = GuardedWriter(writer)
         save_pieces(all_parameters(chunks_of(model)), guarded, plan.buckets(BUCKET_BYTES), plan, rank)
@@ -175,7 +168,7 @@ class AdapterBridge:
                 self._carry_over(guarded, carried)
             writer.close()
         raise_everywhere(guarded.failures, WriteError)
-        leaves = sorted(_leaves(plan))
+        leaves = leaf_names(adapted_modules(plan.pieces))
         on_first_rank(lambda: self._finish(Path(os.path.realpath(directory)), leaves, publish))
 
     def _finish(self, directory: Path, leaves: Sequence[str], publish: bool) -> None:
@@ -188,6 +181,9 @@ class AdapterBridge:
 
     def _saved(self, base: Mapping[str, torch.Tensor]) -> Claims:
         """What this rank holds of modules_to_save, under PEFT's names."""
+        if not self.config.modules_to_save:
+            # Most have none, and a claim goes through the whole model.
+            return Claims(pieces=(), shapes={}, full_precision=frozenset())
         found = try_to_claim(self.base.family, self.base.spec, base, self.base.tensors, place_of_this_rank())
         assert isinstance(found, Claims), "the base model was loaded"
         wanted = {
@@ -195,14 +191,7 @@ class AdapterBridge:
         }
         return Claims(
             pieces=tuple(
-                Piece(
-                    tensor=PREFIX + piece.tensor,
-                    region=piece.region,
-                    rank=piece.rank,
-                    parameter=piece.parameter,
-                    local_region=piece.local_region,
-                    fold=piece.fold,
-                )
+                replace(piece, tensor=PREFIX + piece.tensor)
                 for piece in found.pieces
                 if piece.tensor in wanted and not piece.copy
             ),
@@ -264,9 +253,9 @@ def adapted_modules(keys: Mapping[str, object]) -> frozenset[str]:
     )
 
 
-def _leaves(plan: Plan) -> set[str]:
-    """Last names of the adapted modules."""
-    return {module.rpartition(".")[2] for module in adapted_modules(plan.pieces)}
+def leaf_names(modules: Iterable[str]) -> list[str]:
+    """Last names of modules, each once, in order."""
+    return sorted({module.rpartition(".")[2] for module in modules})
 
 
 def check_adapter(
@@ -282,15 +271,16 @@ def check_adapter(
     modules = None if tensors is None else adapted_modules(tensors)
     targets = targets_of(base.family, base.spec, parameters, ALONE, config, modules)
     wanted = adapter_claims(targets, 0).shapes
-    model = {name.removesuffix(".weight"): info.shape for name, info in (base.tensors or {}).items()}
-    saved = {f"{PREFIX}{name}.weight": shape for name, shape in model.items() if config.saves(name)}
+    model = base.tensors or {}
+    owners = {name: name.rpartition(".")[0] for name in model}
+    saved = {PREFIX + name: info.shape for name, info in model.items() if config.saves(owners[name])}
     if tensors is not None:
         _raise_misfits(where, tensors, {**wanted, **saved})
     found = frozenset(part.module for target in targets for part in target.parts)
     if tensors is None:
         _check_names("target_modules", config.target_modules, found)
         if base.tensors is not None:
-            _check_names("modules_to_save", config.modules_to_save, frozenset(model))
+            _check_names("modules_to_save", config.modules_to_save, frozenset(owners.values()))
     return found
 
 

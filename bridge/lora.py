@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 
 from bridge.adapter_config import ALL_LINEAR, AdapterConfig
-from bridge.layouts import Cut, Region, Shape, Vocabulary, region_of
-from bridge.megatron import EMBEDDING, OUTPUT_LAYER, Claims, Place, layout_for
+from bridge.layouts import Cut, Shape, Vocabulary, region_of
+from bridge.megatron import ADAPTER, EMBEDDING, OUTPUT_LAYER, Claims, Place, layout_for
 from bridge.plan import Piece
 from bridge.rules import Family, MegatronSpec
 from configs.errors import ConfigError
@@ -65,11 +65,10 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """A Megatron weight with adapters. `split` is the dimension that Megatron splits over ranks, None for none."""
+    """A Megatron weight with adapters."""
 
     weight: str
     """Global name, as bridge.megatron.named_parameters gives it."""
-    split: int | None
     parts: tuple[Part, ...]
 
     @property
@@ -79,7 +78,7 @@ class Target:
 
     def parameter(self, part: Part, factor: Literal["A", "B"]) -> str:
         """Global name of A or B of a part."""
-        return f"{self.weight.removesuffix('.weight')}.lora.{part.leaf}.{factor}"
+        return f"{self.weight.removesuffix('.weight')}{ADAPTER}{part.leaf}.{factor}"
 
 
 def targets_of(
@@ -126,7 +125,7 @@ def targets_of(
             for source, module in enumerate(linears)
             if chosen[source]
         )
-        found.append(Target(weight=name, split=layout.parallel_dim if shard.size > 1 else None, parts=parts))
+        found.append(Target(weight=name, parts=parts))
     return tuple(found)
 
 
@@ -188,14 +187,13 @@ def adapter_claims(targets: Sequence[Target], rank: int) -> Claims:
             shapes[key_B] = (part.out_features, part.rank)
             start, stop = part.columns
             if start < stop:
-                held: Region = ((0, part.rank), (0, stop - start))
                 pieces.append(
                     Piece(
                         tensor=key_A,
                         region=((0, part.rank), (start, stop)),
                         rank=rank,
                         parameter=target.parameter(part, "A"),
-                        local_region=held,
+                        local_region=region_of((part.rank, stop - start)),
                     )
                 )
             position = 0
@@ -206,7 +204,7 @@ def adapter_claims(targets: Sequence[Target], rank: int) -> Claims:
                         region=((rows.hf, rows.hf + rows.count), (0, part.rank)),
                         rank=rank,
                         parameter=target.parameter(part, "B"),
-                        local_region=((position, position + rows.count), *region_of((part.rank,))),
+                        local_region=((position, position + rows.count), (0, part.rank)),
                     )
                 )
                 position += rows.count

@@ -19,12 +19,10 @@ from vllm.model_executor.layers.linear import QKVParallelLinear
 
 from bridge.adapter_config import AdapterConfig
 from bridge.transport.base import TransportError
+from bridge.transport.registry import IGNORED_ADAPTERS
 
 # One adapter for the whole life of an engine; a new version takes the place of the last.
 _ADAPTER_ID = 1
-# vLLM 0.32 gives them adapters and computes past those: latent attention and the sum with the shared expert hold
-# the modules that were there before.
-_IGNORED = (".kv_b_proj", ".shared_expert_gate")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +111,7 @@ def _places(manager: LoRAModelManager) -> dict[str, tuple[BaseLayerWithLoRA, int
     """Every module with an adapter, by vLLM's name before packing: its layer, and its number in that."""
     found: dict[str, tuple[BaseLayerWithLoRA, int | None]] = {}
     for name, layer in manager.modules.items():
-        if name.endswith(_IGNORED):
+        if name.rpartition(".")[2] in IGNORED_ADAPTERS:
             continue
         packed = manager.packed_modules.get(name)
         if packed is None:

@@ -188,7 +188,8 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
                 for weights in assembler.add(number, buffer, with_hashes=order.hashes(number)):
                     if self._config is None:
                         self._load_unit(weights)
-                    of_adapter |= {} if self._config is None else dict(weights)
+                    else:
+                        of_adapter.update(weights)
                     loaded += len(weights)
         if assembler.missing:
             raise TransportError(f"{where}: these did not come whole: {', '.join(assembler.missing[:8])}")

@@ -8,6 +8,10 @@ import threading
 OWNED_ENGINE = "BASCULE_OWNED_ENGINE"
 """Environment variable, "1" in the processes of our own engines."""
 
+IGNORED_ADAPTERS = ("kv_b_proj", "shared_expert_gate")
+"""Last names of modules that vLLM 0.32 gives adapters and computes past: latent attention and the sum with the
+shared expert hold the modules that were there before."""
+
 
 def register() -> None:
     """Make the weight-transfer backends `gloo` and `cupy_nccl` known to vLLM. May be called again.

@@ -3,7 +3,8 @@
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -235,6 +236,30 @@ class Rig:
     engines: Any
     model: Any
     config: RunConfig
+
+
+@contextmanager
+def started(
+    family: str, path: Path, workers: int, *, max_model_len: int | None = None, **lora: Any
+) -> Generator[Rig]:
+    """One engine of several workers, in room of its own, on a model that is made in `path`."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    from actors.engine_group import create_engines
+
+    model = make_model(family, seed=1)
+    model.save_pretrained(path)
+    save_tokenizer(path)
+    config = run_config(path)
+    more = {} if max_model_len is None else {"max_model_len": max_model_len}
+    rollout = config.rollout.model_copy(update={"tensor_parallel_size": workers, **more})
+    config = config.model_copy(update={"rollout": rollout})
+    group = placement_group([{"CPU": 0.5 * workers}])
+    engines = create_engines(config, str(path), group, [0], **lora)
+    engines.ready(engines.start(), config.cluster.start_timeout_s)
+    yield Rig(engines=engines, model=model, config=config)
+    engines.kill()
+    remove_placement_group(group)
 
 
 def ask(rig: Rig, method: str, *arguments: Any) -> Any:

@@ -1,9 +1,8 @@
 """One engine of two workers that is sent adapters made by PEFT, against PEFT on the same model."""
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +22,13 @@ from tests.actors.engine_helpers import (
     reference_greedy,
     reference_logprobs,
     reference_score,
-    run_config,
-    save_tokenizer,
     settings,
+    started,
 )
 from tests.actors.lora_helpers import LINEARS, Adapter, make_adapter
 
 pytestmark = pytest.mark.engine
 pytest_plugins = ("tests.actors.engine_fixtures",)
-
-
-@contextmanager
-def started(family: str, path: Path, workers: int, **lora: Any) -> Generator[Rig]:
-    from ray.util.placement_group import placement_group, remove_placement_group
-
-    from actors.engine_group import create_engines
-
-    model = make_model(family, seed=1)
-    model.save_pretrained(path)
-    save_tokenizer(path)
-    config = run_config(path)
-    rollout = config.rollout.model_copy(update={"tensor_parallel_size": workers})
-    config = config.model_copy(update={"rollout": rollout})
-    group = placement_group([{"CPU": 0.5 * workers}])
-    engines = create_engines(config, str(path), group, [0], **lora)
-    engines.ready(engines.start(), config.cluster.start_timeout_s)
-    yield Rig(engines=engines, model=model, config=config)
-    engines.kill()
-    remove_placement_group(group)
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,8 @@ from tests.actors.engine_helpers import (
     reference_greedy,
     reference_logprobs,
     reference_score,
-    run_config,
-    save_tokenizer,
     settings,
+    started,
 )
 
 pytestmark = pytest.mark.engine
@@ -35,25 +34,11 @@ pytest_plugins = ("tests.actors.engine_fixtures",)
 
 @pytest.fixture(scope="module")
 def rig(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    from ray.util.placement_group import placement_group, remove_placement_group
-
-    from actors.engine_group import create_engines
-
-    path = tmp_path_factory.mktemp("pair")
-    model = make_model("llama", seed=1)
-    model.save_pretrained(path)
-    save_tokenizer(path)
-    config = run_config(path)
     # More than one block of vLLM's key-value cache (128 tokens on CPU), so that prefixes can be cached.
-    rollout = config.rollout.model_copy(update={"tensor_parallel_size": 2, "max_model_len": 192})
-    config = config.model_copy(update={"rollout": rollout})
-    group = placement_group([{"CPU": 1}])
-    engines = create_engines(config, str(path), group, [0])
-    engines.ready(engines.start(), config.cluster.start_timeout_s)
-    # Nobody is to replace it when it is killed.
-    engines.close()
-    yield Rig(engines=engines, model=model, config=config)
-    remove_placement_group(group)
+    with started("llama", tmp_path_factory.mktemp("pair"), workers=2, max_model_len=192) as rig:
+        # Nobody is to replace it when it is killed.
+        rig.engines.close()
+        yield rig
 
 
 def assert_follows(rig: Rig, model: Any) -> None:
