@@ -27,11 +27,13 @@ class GuardedWriter:
         self.failures: list[str] = []
 
     def write(self, name: str, region: Region, value: torch.Tensor) -> None:
+        """As CheckpointWriter.write, until the first error."""
         with self:
             if not self.failures:
                 self._writer.write(name, region, value)
 
     def commit(self, names: Iterable[str]) -> None:
+        """As CheckpointWriter.commit, until the first error."""
         with self:
             if not self.failures:
                 self._writer.commit(names)
@@ -58,14 +60,17 @@ class GuardedReader:
         self.failures: list[str] = []
 
     def position(self, name: str) -> tuple[str, int]:
+        """As CheckpointReader.position."""
         return self._reader.position(name)
 
     def read(self, name: str, region: Region) -> torch.Tensor:
+        """As CheckpointReader.read, until the first error."""
         out = torch.empty(region_shape(region), dtype=self.tensors[name].dtype)
         self.read_into(name, region, out)
         return out
 
     def read_into(self, name: str, region: Region, out: torch.Tensor) -> None:
+        """As CheckpointReader.read_into, until the first error."""
         if not self.failures:
             try:
                 self._reader.read_into(name, region, out)
