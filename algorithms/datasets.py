@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol, cast
 import numpy as np
 
 from algorithms.data import Message, Prompt, TrainSample, float_row, int_row
+from configs.data import DataConfig
 from configs.errors import ConfigError
-from configs.schema import DataConfig
 
 Split = Literal["train", "eval"]
 GENERATED = "reasoning_gym:"

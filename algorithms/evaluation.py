@@ -6,7 +6,7 @@ import numpy as np
 
 from algorithms.data import Prompt, SamplingSettings, Scored
 from algorithms.roles import Judge, Sampler
-from configs.schema import GRPOConfig
+from configs.grpo import GRPOConfig
 
 
 def evaluate(

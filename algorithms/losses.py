@@ -6,7 +6,8 @@ import torch
 
 from algorithms.data import MicroBatch
 from algorithms.roles import TokenLoss
-from configs.schema import GRPOConfig, RunConfig
+from configs.grpo import GRPOConfig
+from configs.schema import RunConfig
 
 
 def loss_of(config: RunConfig) -> TokenLoss:

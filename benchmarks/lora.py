@@ -25,7 +25,8 @@ def measure(model: str, kind: str, rank: int, tokens: int, steps: int) -> dict[s
     """Train some steps in this process."""
     from actors.adapter_source import fill_adapter, find_adapter
     from actors.standalone import start_megatron
-    from configs.schema import DataConfig, ModelConfig, RunConfig, TrainerConfig
+    from configs.data import DataConfig
+    from configs.schema import ModelConfig, RunConfig, TrainerConfig
     from configs.tuner import TunerConfig
 
     lora = {"tuner_type": "lora", "lora_rank": rank, "lora_dropout": 0.0} if kind == "lora" else {}

@@ -5,7 +5,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from configs.data import DataConfig
+from configs.grpo import GRPOConfig
 from configs.section import Section
+from configs.sft import SFTConfig
 from configs.sizes import ShardSize
 from configs.tuner import TunerConfig, check_tuner
 
@@ -116,71 +119,6 @@ class RolloutConfig(Section):
     """Reuse the key-value cache of common prefixes; it is cleared after every weight sync."""
     vllm_enable_lora: bool = False
     """Send only the adapter to the engines, which apply it as they go; else they get merged weights."""
-
-
-class GRPOConfig(Section):
-    """Group-relative policy optimization. Names are TRL's."""
-
-    num_generations: int = Field(default=8, ge=2)
-    """Completions per prompt: the group that advantages are relative to."""
-    prompts_per_step: int = Field(default=16, ge=1)
-    """Prompts per generation step."""
-    steps_per_generation: int = Field(default=1, ge=1)
-    """Optimizer steps that one generation step is split into."""
-    max_completion_length: int = Field(default=512, ge=1)
-    """Longest completion in tokens; longer ones are cut and marked `length`."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature; the trainer's log-probabilities use the same one."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus sampling; below 1 the trained distribution is no longer the sampled one."""
-    top_k: int = Field(default=-1, ge=-1)
-    """Sample among the k likeliest tokens; -1 for all."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a completion."""
-    epsilon: float = Field(default=0.2, gt=0)
-    """Lower clip of the probability ratio, 1 - epsilon."""
-    epsilon_high: float | None = Field(default=None, gt=0)
-    """Upper clip, 1 + epsilon_high; equal to epsilon when not given."""
-    beta: float = Field(default=0.0, ge=0)
-    """Weight of the KL term (k3 estimator) to the reference; 0 builds no reference."""
-    scale_rewards: Literal["group", "none"] = "group"
-    """Divide advantages by the group's standard deviation, or not."""
-    importance_sampling_correction: bool = True
-    """Weight each token by trainer probability over engine probability, truncated."""
-    importance_sampling_cap: float = Field(default=2.0, gt=0)
-    """Upper truncation of that weight."""
-    max_empty_steps: int = Field(default=10, ge=1)
-    """End with an error after this many steps in a row in which no group carried a signal."""
-
-
-class SFTConfig(Section):
-    """Supervised fine-tuning on prompt/completion or messages rows."""
-
-    batch_size: int = Field(default=64, ge=1)
-    """Samples per optimizer step."""
-    max_length: int = Field(default=1024, ge=2)
-    """Longest sample in tokens; longer ones are an error that names the row."""
-
-
-class DataConfig(Section):
-    """Where prompts come from."""
-
-    dataset: str = Field(min_length=1)
-    """A JSONL file with `prompt` or `messages`, or `reasoning_gym:NAME`."""
-    eval_dataset: str | None = None
-    """Held-out prompts, in the same forms."""
-    dataset_size: int = Field(default=1000, ge=1)
-    """Rows to draw when the dataset is generated (`reasoning_gym:`)."""
-    eval_size: int = Field(default=100, ge=1)
-    """Held-out rows at most."""
-    dataset_kwargs: dict[str, str | int | float | bool] = Field(default={})
-    """Arguments of a generated dataset, for example the difficulty of a reasoning-gym task."""
-    system_prompt: str | None = None
-    """Put before a row that has no system message."""
-    shuffle: bool = True
-    """Draw prompts in a new random order in every epoch."""
-    max_prompt_length: int | None = Field(default=None, ge=1)
-    """Longer prompts, in tokens, are an error that names the row."""
 
 
 class RewardConfig(Section):

@@ -18,8 +18,9 @@ from actors.reward_worker import RewardGroup, RewardProcess, create_reward_group
 from algorithms.data import Group, Prompt, Rollout, float_row, int_row
 from algorithms.rewards.loading import read_sources
 from algorithms.rewards.scoring import RewardError
+from configs.data import DataConfig
 from configs.errors import ConfigError
-from configs.schema import DataConfig, ModelConfig, RewardConfig, RunConfig
+from configs.schema import ModelConfig, RewardConfig, RunConfig
 
 pytestmark = pytest.mark.e2e
 

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from algorithms.datasets import make_prompts, make_sft_samples, read_rows
+from configs.data import DataConfig
 from configs.errors import ConfigError
-from configs.schema import DataConfig
 
 WORDS = ["<unk>", "<bos>", "<eos>", "<user>", "<assistant>", "<system>", "<think>", "\n"]
 WORDS += ["what", "is", "two", "plus", "three", "?", "five", "six", "be", "brief", "hello"]

@@ -7,7 +7,7 @@ import torch
 
 from algorithms.data import MicroBatch, float_row, int_row
 from algorithms.losses import grpo_loss, sft_loss
-from configs.schema import GRPOConfig
+from configs.grpo import GRPOConfig
 
 CURRENT = [-0.5, -1.0, -2.0, -0.1, -3.0]
 OLD = [-0.9, -1.0, -1.5, -0.4, -9.0]

@@ -6,10 +6,11 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel, ConfigDict
 
+from configs.data import DataConfig
 from configs.errors import ConfigError
 from configs.load import dump_config, load_config, load_settings
 from configs.options import describe_options, list_options, resolve_key
-from configs.schema import DataConfig, ModelConfig, RewardConfig, RunConfig, TrainerConfig
+from configs.schema import ModelConfig, RewardConfig, RunConfig, TrainerConfig
 
 NEEDED = ("--model", "m", "--dataset", "d.jsonl", "--rewards.0.function", "exact_match")
 
