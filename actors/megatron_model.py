@@ -28,7 +28,7 @@ from actors.megatron_logprobs import vocab_parallel_logprobs
 from actors.megatron_lora import adapters_off, sum_expert_gradients
 from actors.megatron_setup import Device, build_chunks, optimizer_config, scheduler, transformer_config
 from algorithms.data import FloatRow, MicroBatch, StepResult, float_row
-from algorithms.roles import TokenLoss
+from algorithms.roles import Predictions, TokenLoss
 from bridge.fit import check_layout
 from bridge.plan import TORCH_DTYPES
 from bridge.rules import MegatronSpec
@@ -80,8 +80,17 @@ class FrozenModel:
         """
 
         def finish(batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, FloatRow]:
-            row = float_row(self.label_logprobs(batch, output, temperature).cpu().numpy())
-            return output.new_zeros(()), row
+            row_T = self.predictions(batch, output, temperature).logprobs_T
+            return output.new_zeros(()), float_row(row_T.cpu().numpy())
+
+        return self._evaluate(micro_batches, finish)
+
+    def entropies(self, micro_batches: Sequence[MicroBatch], temperature: float) -> list[FloatRow] | None:
+        """As `logprobs`, the entropy over the vocabulary at each token in nats."""
+
+        def finish(batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, FloatRow]:
+            row_T = self.predictions(batch, output, temperature).entropy_T
+            return output.new_zeros(()), float_row(row_T.cpu().numpy())
 
         return self._evaluate(micro_batches, finish)
 
@@ -99,6 +108,14 @@ class FrozenModel:
 
         return self._evaluate(micro_batches, finish)
 
+    def move_towards(self, chunks: Sequence[torch.nn.Module], share: float) -> None:
+        """Let each parameter be `share` of the one in `chunks`, of the same layout, and the rest as before."""
+        with torch.no_grad():
+            for mine, theirs in zip(self.chunks, chunks, strict=True):
+                for old, new in zip(mine.parameters(), theirs.parameters(), strict=True):
+                    # In float32: bfloat16 would lose small differences.
+                    old.copy_(old.float().lerp_(new.float(), share))
+
     def _evaluate(self, micro_batches: Sequence[MicroBatch], finish: Finish) -> list[Any] | None:
         for chunk in self.chunks:
             chunk.eval()
@@ -106,15 +123,16 @@ class FrozenModel:
             results = self.run_schedule(self.chunks, micro_batches, finish, forward_only=True)
         return results if parallel_state.is_pipeline_last_stage() else None
 
-    def label_logprobs(self, batch: MicroBatch, output: torch.Tensor, temperature: float) -> torch.Tensor:
-        """Float32 log-probabilities [T] of the labels from the last stage's `output` [1, T, V / TP]."""
-        return vocab_parallel_logprobs(
+    def predictions(self, batch: MicroBatch, output: torch.Tensor, temperature: float) -> Predictions:
+        """What the last stage's `output` [1, T, V / TP] says of the labels."""
+        logprobs_T, entropy_T = vocab_parallel_logprobs(
             output[0],
             self._tensor(batch.labels_T),
             temperature=temperature,
             vocab_size=self.spec.vocab_size,
             group=_tensor_parallel_group(),
         )
+        return Predictions(logprobs_T=logprobs_T, entropy_T=entropy_T)
 
     def run_schedule(
         self,
@@ -214,17 +232,27 @@ class MegatronModel:
         with adapters_off(self.chunks):
             return self._model.logprobs(micro_batches, temperature)
 
+    def entropies(self, micro_batches: Sequence[MicroBatch], temperature: float) -> list[FloatRow] | None:
+        """As FrozenModel.entropies, under the current weights."""
+        return self._model.entropies(micro_batches, temperature)
+
     def step(
-        self, micro_batches: Sequence[MicroBatch], num_loss_tokens: int, loss: TokenLoss, temperature: float
+        self,
+        micro_batches: Sequence[MicroBatch],
+        num_loss_tokens: int,
+        loss: TokenLoss,
+        temperature: float,
+        denominator: float | None = None,
     ) -> StepResult:
         """One optimizer step on this data-parallel rank's `micro_batches`; the same result on every rank.
 
-        The loss is the sum of `loss` over the micro-batches of all data-parallel ranks, over
-        `num_loss_tokens`; so are the metrics, which must have the same names for every micro-batch. The
-        gradient is of exactly that, whatever the layout. `grad_norm` is its norm before clipping,
-        `learning_rate` the one that was applied. Raises StepFailedError, on every rank and before any weight
-        changes, when loss or gradient is not finite.
+        The loss is the sum of `loss` over the micro-batches of all data-parallel ranks, over `denominator`
+        (by default `num_loss_tokens`); metrics, which must have the same names for every micro-batch, are
+        sums over `num_loss_tokens`. The gradient is of exactly that loss, whatever the layout. `grad_norm` is
+        its norm before clipping, `learning_rate` the one that was applied. Raises StepFailedError, on every
+        rank and before any weight changes, when loss or gradient is not finite.
         """
+        denominator = float(num_loss_tokens) if denominator is None else denominator
         number = self.scheduler.num_steps
         if num_loss_tokens < 1:
             raise BasculeError(
@@ -234,9 +262,9 @@ class MegatronModel:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        finish = partial(self._token_loss, loss, num_loss_tokens, temperature)
+        finish = partial(self._token_loss, loss, denominator, temperature)
         parts = self._model.run_schedule(self._wrapped, micro_batches, finish, forward_only=False)
-        means = _reduce_sums(parts, self._model.device, num_loss_tokens)
+        means = _reduce_sums(parts, self._model.device, num_loss_tokens, denominator)
         _check_finite(number, "loss", means["loss"])
         grad_norm = self._apply_gradients(number)
         learning_rate = self._learning_rate()
@@ -248,14 +276,14 @@ class MegatronModel:
     def _token_loss(
         self,
         loss: TokenLoss,
-        num_loss_tokens: int,
+        denominator: float,
         temperature: float,
         batch: MicroBatch,
         output: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        total, metrics = loss(self._model.label_logprobs(batch, output, temperature), batch)
+        total, metrics = loss(self._model.predictions(batch, output, temperature), batch)
         # Divided before the backward pass, so that gradients are summed at their final size.
-        return total / num_loss_tokens, {"loss": total.detach(), **metrics}
+        return total / denominator, {"loss": total.detach(), **metrics}
 
     def _apply_gradients(self, number: int) -> float:
         # Megatron's optimizer.step() is these calls; between them is the only chance to stop in time.
@@ -306,7 +334,10 @@ def _row_length(micro_batches: Sequence[MicroBatch], config: TransformerConfig) 
 
 
 def _reduce_sums(
-    parts: Sequence[Mapping[str, torch.Tensor]], device: torch.device, num_loss_tokens: int
+    parts: Sequence[Mapping[str, torch.Tensor]],
+    device: torch.device,
+    num_loss_tokens: int,
+    denominator: float,
 ) -> dict[str, float]:
     means: dict[str, float] = {}
     if parallel_state.is_pipeline_last_stage():
@@ -315,6 +346,7 @@ def _reduce_sums(
         sums = torch.tensor(values, dtype=torch.float64, device=device)
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
         means = dict(zip(names, (sums / num_loss_tokens).tolist(), strict=True))
+        means["loss"] *= num_loss_tokens / denominator
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         box = [means]
         last = parallel_state.get_pipeline_model_parallel_last_rank()

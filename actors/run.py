@@ -22,7 +22,8 @@ from actors.model_source import (
     read_contents,
 )
 from actors.placement import Bundle, Reservation, bundles_of, reserve
-from actors.trainer import MERGED, Sources, TrainerGroup
+from actors.trainer import TrainerGroup
+from actors.trainer_rank import MERGED, Sources
 from algorithms import grpo, sft
 from algorithms.data import Prompt, TrainSample
 from algorithms.datasets import make_prompts, make_sft_samples, read_rows

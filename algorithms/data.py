@@ -86,24 +86,38 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSample:
-    """A sequence to train on; every row has one entry per token of prompt and completion."""
+    """A sequence to train on; every row has one entry per token of prompt and completion.
+
+    `logprobs` are the engine's; those of the trainer before the first optimizer step on these samples (`old`)
+    and of the reference are None where they are not needed. `policy_mask` is 0 for tokens without a policy
+    term; None stands for ones.
+    """
 
     tokens: IntRow
     loss_mask: IntRow
     advantages: FloatRow
     logprobs: FloatRow
     version: int
+    old_logprobs: FloatRow | None = None
+    ref_logprobs: FloatRow | None = None
+    policy_mask: IntRow | None = None
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens to train on. Nothing predicts the first token of a sequence."""
+        return int(self.loss_mask[1:].sum())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
     """Samples packed into one row of T tokens.
 
-    `starts_S` has the offset of each sequence and T at its end; padding is a last sequence of its own.
-    `positions_T` count from 0 in every sequence. The other rows belong to the *prediction* at t:
-    `labels_T[t]` is the token after `tokens_T[t]`, `loss_mask_T[t]` is 1 where that label is trained on,
-    `logprobs_T` is the engine's log-probability of the label. `old_logprobs_T` (trainer, before the first
-    optimizer step on these samples) and `ref_logprobs_T` (reference) are None where they are not needed.
+    `starts_S` has the offset of each sequence and T at its end; padding is sequences of its own.
+    `positions_T` count from 0 in every sequence. `samples_S` has for each sequence the number of its sample in
+    what was packed, -1 for padding. The other rows belong to the *prediction* at t: `labels_T[t]` is the
+    token after `tokens_T[t]`, `loss_mask_T[t]` is 1 where that label is trained on, `weights_T[t]` is what its
+    term counts in the loss (1 on the loss mask when None), `logprobs_T` is the engine's log-probability of the
+    label. For the other rows see TrainSample.
     """
 
     tokens_T: IntRow
@@ -113,19 +127,24 @@ class MicroBatch:
     loss_mask_T: IntRow
     advantages_T: FloatRow
     logprobs_T: FloatRow
+    samples_S: tuple[int, ...] = ()
+    weights_T: FloatRow | None = None
     old_logprobs_T: FloatRow | None = None
     ref_logprobs_T: FloatRow | None = None
+    policy_mask_T: IntRow | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """One optimizer step: micro-batches of each data-parallel rank, all of one length T, as many for each.
 
-    The loss is a sum over tokens, divided once by `num_loss_tokens`, counted over all ranks.
+    The loss is a sum over tokens, each term times its weight, divided once by `denominator`. Metrics are
+    means over `num_loss_tokens`. Both are counted over all ranks.
     """
 
     ranks: tuple[tuple[MicroBatch, ...], ...]
     num_loss_tokens: int
+    denominator: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,15 +12,27 @@ from configs.grpo import GRPOConfig
 def evaluate(
     sampler: Sampler, judge: Judge, prompts: Sequence[Prompt], grpo: GRPOConfig
 ) -> tuple[list[Scored], dict[str, float]]:
-    """Greedy completions of held-out prompts with their rewards, in prompt order, and the metrics.
+    """Completions of held-out prompts with their rewards, in prompt order, and the metrics.
 
-    `eval/accuracy` is the mean value of the first reward function.
+    `eval/accuracy` is the mean value of the first reward function. The same prompts always have the same seeds.
     """
     if not prompts:
         return [], {}
-    settings = SamplingSettings(n=1, max_tokens=grpo.max_completion_length, temperature=0.0, stop=grpo.stop)
     order = {prompt.id: position for position, prompt in enumerate(prompts)}
-    groups = sampler.generate((prompt, settings) for prompt in prompts)
+    groups = sampler.generate(
+        (
+            prompt,
+            SamplingSettings(
+                n=grpo.eval_num_generations,
+                max_tokens=grpo.max_completion_length,
+                temperature=grpo.eval_temperature,
+                top_p=grpo.eval_top_p,
+                stop=grpo.stop,
+                seed=position * grpo.eval_num_generations,
+            ),
+        )
+        for position, prompt in enumerate(prompts)
+    )
     scored = sorted(judge.score(groups), key=lambda each: order[each.group.prompt.id])
     metrics = {f"eval/{name}": value for name, value in reward_metrics(scored).items()}
     first = next(iter(scored[0].parts))

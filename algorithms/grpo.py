@@ -1,17 +1,17 @@
 """GRPO: prompts -> rollouts -> rewards -> advantages -> train step -> weight sync."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
-from algorithms.advantages import group_advantages, has_signal
+from algorithms.advantages import has_signal
 from algorithms.clock import Clock
-from algorithms.data import Prompt, SamplingSettings, Scored, StepResult, TrainSample, float_row, int_row
+from algorithms.data import Prompt, Scored, StepResult, TrainSample
 from algorithms.evaluation import evaluate, reward_metrics
-from algorithms.packing import pack, with_logprobs
+from algorithms.experience import gather, optimizer_batches
 from algorithms.prompts import PromptStream
 from algorithms.roles import Roles, Trainer
+from algorithms.rollouts import Rollouts
 from configs.errors import BasculeError
 from configs.schema import RunConfig
 
@@ -22,29 +22,32 @@ def train(config: RunConfig, roles: Roles, prompts: PromptStream[Prompt], held_o
     Raises BasculeError after `grpo.max_empty_steps` steps in a row without a group that has a signal.
     """
     version = empty = 0
+    rollouts = Rollouts(config, roles.sampler, roles.judge, prompts)
     roles.weights.sync(version)
     roles.recorder.evaluation(0, *evaluate(roles.sampler, roles.judge, held_out, config.grpo))
     for step in range(1, config.max_steps + 1):
         clock = Clock()
         synced: Mapping[str, float] = {}
         with clock("generate"):
-            requests = _requests(config, prompts.take(config.grpo.prompts_per_step), step)
-            scored = [without_aborted(each) for each in roles.judge.score(roles.sampler.generate(requests))]
-        # Groups finish in any order; the batch, and so the run, must not depend on it.
-        scored.sort(key=lambda each: (each.group.prompt.id, each.group.rollouts[0].tokens.tobytes()))
-        roles.recorder.rollouts(step, scored)
-        kept = [each for each in scored if has_signal(each.rewards)]
-        empty = 0 if kept else empty + 1
-        _check_signal(empty, step, config)
+            generated = rollouts.generate(step)
+        roles.recorder.rollouts(step, generated.scored)
         with clock("train"):
-            samples = [sample for each in kept for sample in to_samples(each, config)]
-            results = list(_optimize(config, roles.trainer, samples))
+            experience = gather(generated.kept, config, roles.trainer)
+            results = list(_optimize(config, roles.trainer, experience.samples))
+        empty = 0 if results else empty + 1
+        _check_signal(empty, step, config)
         if results:
             version += 1
             with clock("sync"):
                 synced = roles.weights.sync(version)
-        metrics = reward_metrics(scored) | _means(results) | dict(synced) | clock.metrics()
-        metrics["groups/zero_variance_ratio"] = 1 - len(kept) / len(scored)
+        if config.grpo.sync_ref_model and step % config.grpo.ref_model_sync_steps == 0:
+            roles.trainer.move_reference(config.grpo.ref_model_mixup_alpha)
+        scored = generated.scored
+        metrics = reward_metrics(scored) | _means(results) | dict(experience.metrics)
+        metrics |= dict(synced) | clock.metrics()
+        metrics["groups/zero_variance_ratio"] = float(
+            np.mean([not has_signal(each.rewards) for each in scored])
+        )
         metrics["tokens_per_second"] = _tokens(scored) / metrics["time/step"]
         roles.recorder.step(step, metrics)
         if config.saves_at(step):
@@ -53,73 +56,12 @@ def train(config: RunConfig, roles: Roles, prompts: PromptStream[Prompt], held_o
             roles.recorder.evaluation(step, *evaluate(roles.sampler, roles.judge, held_out, config.grpo))
 
 
-def without_aborted(scored: Scored) -> Scored:
-    """The group without the rewards of aborted completions: what came of them is not their own doing."""
-    aborted = [rollout.finish == "abort" for rollout in scored.group.rollouts]
-    return replace(scored, rewards=float_row(np.where(aborted, np.nan, scored.rewards)))
-
-
-def to_samples(scored: Scored, config: RunConfig) -> list[TrainSample]:
-    """Completions of a group as sequences to train on: those that have a reward."""
-    advantages_K = group_advantages(scored.rewards, config.grpo.scale_rewards)
-    prompt = scored.group.prompt.tokens
-    before = np.zeros(prompt.size, np.float32)
-    return [
-        TrainSample(
-            tokens=int_row(np.concatenate([prompt, rollout.tokens])),
-            loss_mask=int_row(np.concatenate([before, rollout.loss_mask])),
-            advantages=float_row(np.concatenate([before, np.full(rollout.tokens.size, advantage)])),
-            logprobs=float_row(np.concatenate([before, rollout.logprobs])),
-            version=rollout.versions[0],
-        )
-        for rollout, advantage, reward in zip(
-            scored.group.rollouts, advantages_K, scored.rewards, strict=True
-        )
-        if not np.isnan(reward)
-    ]
-
-
-def _requests(
-    config: RunConfig, prompts: Sequence[Prompt], step: int
-) -> Iterator[tuple[Prompt, SamplingSettings]]:
-    grpo = config.grpo
-    for position, prompt in enumerate(prompts):
-        seed = np.random.SeedSequence((config.seed, step, position)).generate_state(1)[0]
-        yield (
-            prompt,
-            SamplingSettings(
-                n=grpo.num_generations,
-                max_tokens=grpo.max_completion_length,
-                temperature=grpo.temperature,
-                top_p=grpo.top_p,
-                top_k=grpo.top_k,
-                stop=grpo.stop,
-                seed=int(seed),
-            ),
-        )
-
-
-def _optimize(config: RunConfig, trainer: Trainer, samples: list[TrainSample]) -> Iterator[StepResult]:
-    """`steps_per_generation` optimizer steps; old and reference log-probabilities precede the first."""
-    grpo, layout = config.grpo, config.trainer
-    batches = [
-        pack(
-            part,
-            num_ranks=layout.data_parallel_size,
-            micro_batch_size=layout.micro_batch_size,
-            multiple=layout.tensor_model_parallel_size,
-        )
-        for part in (
-            samples[first :: grpo.steps_per_generation] for first in range(grpo.steps_per_generation)
-        )
-        if part
-    ]
-    if grpo.beta > 0:
-        batches = [with_logprobs(batch, reference=trainer.reference_logprobs(batch)) for batch in batches]
-    if len(batches) > 1:
-        batches = [with_logprobs(batch, old=trainer.logprobs(batch)) for batch in batches]
-    for batch in batches:
-        yield trainer.step(batch)
+def _optimize(config: RunConfig, trainer: Trainer, samples: Sequence[TrainSample]) -> Iterator[StepResult]:
+    """`num_iterations` times `steps_per_generation` optimizer steps, as far as there are samples."""
+    batches = optimizer_batches(samples, config)
+    for _ in range(config.grpo.num_iterations):
+        for batch in batches:
+            yield trainer.step(batch)
 
 
 def _check_signal(empty: int, step: int, config: RunConfig) -> None:

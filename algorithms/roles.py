@@ -8,9 +8,23 @@ import torch
 
 from algorithms.data import Batch, FloatRow, Group, MicroBatch, Prompt, SamplingSettings, Scored, StepResult
 
-TokenLoss = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-"""(logprobs_T of the labels under the policy, micro-batch) -> (sum of the loss over the loss tokens, other
-sums over the loss tokens by metric name). Nothing in it divides by a count: the caller does, once."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predictions:
+    """What the policy says of each token of a micro-batch, float32 [T]; the loss is differentiated through it.
+
+    `logprobs_T` are those of the labels, `entropy_T` is the entropy over the vocabulary in nats, both of the
+    distribution at the loss's temperature. `divergence_T` is the divergence from a teacher, None without one.
+    """
+
+    logprobs_T: torch.Tensor
+    entropy_T: torch.Tensor
+    divergence_T: torch.Tensor | None = None
+
+
+TokenLoss = Callable[[Predictions, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""-> (sum of the loss's terms, each times its weight; sums over the loss tokens by metric name, the same names
+for every micro-batch). Nothing in it divides by a count: the caller does, once."""
 
 
 class Trainer(Protocol):
@@ -26,6 +40,14 @@ class Trainer(Protocol):
 
     def reference_logprobs(self, batch: Batch) -> tuple[tuple[FloatRow, ...], ...]:
         """The same under the reference."""
+        ...
+
+    def entropies(self, batch: Batch) -> tuple[tuple[FloatRow, ...], ...]:
+        """Entropy of the policy at each token in nats, by rank and micro-batch, each of length T."""
+        ...
+
+    def move_reference(self, share: float) -> None:
+        """Let the reference be `share` of the policy and the rest of what it was."""
         ...
 
     def save(self, step: int) -> None:

@@ -12,15 +12,9 @@ def train(
     config: RunConfig, trainer: Trainer, samples: PromptStream[TrainSample], recorder: Recorder
 ) -> None:
     """Run `max_steps` optimizer steps of `sft.batch_size` samples each."""
-    layout = config.trainer
     for step in range(1, config.max_steps + 1):
         clock = Clock()
-        batch = pack(
-            samples.take(config.sft.batch_size),
-            num_ranks=layout.data_parallel_size,
-            micro_batch_size=layout.micro_batch_size,
-            multiple=layout.tensor_model_parallel_size,
-        )
+        batch = pack(samples.take(config.sft.batch_size), config.trainer)
         with clock("train"):
             result = trainer.step(batch)
         times = clock.metrics()

@@ -67,7 +67,7 @@ def measure(model: str, kind: str, rank: int, tokens: int, steps: int) -> dict[s
         logprobs=float_row([0.0] * tokens),
         version=0,
     )
-    batch = pack([sample], num_ranks=1, micro_batch_size=1, multiple=1)
+    batch = pack([sample], TrainerConfig())
     seconds: list[float] = []
     for _ in range(steps):
         start = time.perf_counter()

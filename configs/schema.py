@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from configs.data import DataConfig
-from configs.grpo import GRPOConfig
+from configs.grpo import GRPOConfig, check_grpo
 from configs.section import Section
 from configs.sft import SFTConfig
 from configs.sizes import ShardSize
@@ -76,6 +76,10 @@ class TrainerConfig(LayoutConfig):
 
     micro_batch_size: int = Field(default=8, ge=1)
     """Samples packed into one micro-batch of one data-parallel rank. Does not change the gradient."""
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens packed into one micro-batch, in place of a number of samples. Does not change the gradient."""
+    packing: bool = True
+    """Put samples side by side; `false` pads each to the longest. Does not change the gradient."""
     lr: float = Field(default=1e-6, gt=0)
     """Peak learning rate."""
     min_lr: float = Field(default=0.0, ge=0)
@@ -226,7 +230,7 @@ class RunConfig(Section):
     @property
     def optimizer_steps(self) -> int:
         """Optimizer steps of the whole run, for the learning-rate schedule."""
-        return self.max_steps * (self.grpo.steps_per_generation if self.algorithm == "grpo" else 1)
+        return self.max_steps * (self.grpo.optimizer_steps if self.algorithm == "grpo" else 1)
 
     def saves_at(self, step: int) -> bool:
         """Whether `checkpoint-STEP` is due after this step; the last one is saved as `checkpoint` anyway."""
@@ -239,11 +243,7 @@ class RunConfig(Section):
         if self.algorithm == "grpo":
             if not self.rewards:
                 raise ValueError("rewards: grpo needs at least one reward function")
-            if grpo.prompts_per_step % grpo.steps_per_generation:
-                raise ValueError(
-                    f"grpo.steps_per_generation: {grpo.steps_per_generation} does not divide "
-                    f"grpo.prompts_per_step {grpo.prompts_per_step}"
-                )
+            check_grpo(grpo)
             if grpo.num_generations > self.rollout.max_num_seqs:
                 raise ValueError(
                     f"rollout.max_num_seqs: {self.rollout.max_num_seqs} is less than "

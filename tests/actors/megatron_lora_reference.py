@@ -21,7 +21,7 @@ from megatron_worker_reference import (
     make_sequences,
     num_loss_tokens,
     reference_logprobs,
-    token_loss,
+    row_loss,
 )
 
 from bridge.adapter_config import AdapterConfig
@@ -205,7 +205,7 @@ def reference(name: str) -> SimpleNamespace:
 
 def _step(forward: Any, factors: dict[str, torch.Tensor], optimizer: Any, rows: list[Any]) -> Step:
     optimizer.zero_grad()
-    parts = [token_loss(reference_logprobs(forward, row), row)[0] for row in rows]
+    parts = [row_loss(reference_logprobs(forward, row), row)[0] for row in rows]
     loss = torch.stack(parts).sum() / num_loss_tokens(rows)
     loss.backward()
     grads: dict[str, torch.Tensor] = {}

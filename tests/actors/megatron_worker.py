@@ -31,6 +31,7 @@ from megatron_worker_reference import (
 )
 
 from actors import megatron_cpu
+from algorithms.roles import Predictions
 from bridge.families import family_of
 from configs.errors import BasculeError
 from configs.schema import LayoutConfig, RunConfig
@@ -209,8 +210,8 @@ def failed_step(model: MegatronModel, batches: list[Any]) -> dict[str, Any]:
     """A NaN loss: what the error says, and whether the weights stayed."""
     before = [p.detach().clone() for _, p in mine(model.chunks)]
 
-    def broken(logprobs_T: torch.Tensor, row: Any) -> Any:
-        return logprobs_T.sum() * float("nan"), {}
+    def broken(predictions: Predictions, row: Any) -> Any:
+        return predictions.logprobs_T.sum() * float("nan"), {}
 
     try:
         model.step(batches, 1, broken, TEMPERATURE)

@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from algorithms.data import MicroBatch, float_row, int_row
+from algorithms.roles import Predictions
 
 TEMPERATURE = 0.7
 LR, WEIGHT_DECAY, BETAS, EPS = 1e-2, 0.1, (0.9, 0.95), 1e-4
@@ -109,12 +110,18 @@ def reference_logprobs(model: transformers.PreTrainedModel, row: MicroBatch) -> 
     return torch.log_softmax(logits, dim=-1).gather(1, labels[:, None])[:, 0]
 
 
-def token_loss(logprobs_T: torch.Tensor, row: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def token_loss(predictions: Predictions, row: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """A loss that is not linear in the log-probabilities, as a sum over the loss tokens."""
+    logprobs_T = predictions.logprobs_T
     mask = torch.tensor(row.loss_mask_T).float()
     advantages = torch.tensor(row.advantages_T)
     total = ((0.3 * logprobs_T.exp() - advantages * logprobs_T) * mask).sum()
     return total, {"entropy": -(logprobs_T.detach() * mask).sum()}
+
+
+def row_loss(logprobs_T: torch.Tensor, row: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """`token_loss` of log-probabilities that torch has computed."""
+    return token_loss(Predictions(logprobs_T=logprobs_T, entropy_T=torch.zeros_like(logprobs_T)), row)
 
 
 def num_loss_tokens(rows: list[MicroBatch]) -> int:
@@ -139,7 +146,7 @@ def reference_step(
 ) -> tuple[float, float, float]:
     """One step over unpacked sequences. Returns loss, mean entropy metric, gradient norm before clipping."""
     optimizer.zero_grad()
-    parts = [token_loss(reference_logprobs(model, row), row) for row in rows]
+    parts = [row_loss(reference_logprobs(model, row), row) for row in rows]
     count = num_loss_tokens(rows)
     loss = torch.stack([part[0] for part in parts]).sum() / count
     entropy = sum(float(part[1]["entropy"]) for part in parts) / count

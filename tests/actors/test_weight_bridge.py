@@ -22,10 +22,11 @@ from actors.bridge import WeightBridge
 from actors.engine_group import EngineGroup, create_engines
 from actors.model_source import ModelSource
 from actors.placement import Reservation, bundles_of, reserve
-from actors.trainer import Sources, TrainerGroup
+from actors.trainer import TrainerGroup
+from actors.trainer_rank import Sources
 from algorithms.data import Group, SamplingSettings, TrainSample, float_row, int_row
 from algorithms.packing import pack
-from configs.schema import RunConfig
+from configs.schema import RunConfig, TrainerConfig
 from tests.actors.engine_helpers import make_model, prompt, save_tokenizer, settings
 
 pytestmark = pytest.mark.e2e
@@ -83,7 +84,7 @@ class Stack:
             logprobs=float_row([-1.0] * len(PROBE)),
             version=0,
         )
-        self.trainers.step(pack([sample], num_ranks=1, micro_batch_size=1, multiple=2))
+        self.trainers.step(pack([sample], TrainerConfig(tensor_model_parallel_size=2)))
 
     def sync(self) -> dict[str, float]:
         self.version += 1

@@ -1,0 +1,245 @@
+"""Trainer ranks: Ray actors that each host one Megatron rank."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from actors.adapter_source import AdapterSource, fill_adapter, write_adapter_beside
+from actors.model_source import ModelSource, tensors_of, write_beside
+from actors.ranks import free_address, join
+from actors.sync_rank import SyncRank
+from algorithms.data import FloatRow, MicroBatch, StepResult
+from bridge.plan import TORCH_DTYPES, Plan
+from configs.schema import RunConfig
+from configs.sizes import parse_size
+
+if TYPE_CHECKING:
+    from actors.megatron_model import FrozenModel, MegatronModel
+    from actors.megatron_setup import Device
+    from bridge.adapter_bridge import AdapterBridge
+    from bridge.model_bridge import ModelBridge
+
+
+MERGED = "-merged"
+"""Ending of a checkpoint's name beside the adapter's, with the adapter merged into the model."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sources:
+    """What trainer ranks load."""
+
+    model: ModelSource
+    adapter: AdapterSource | None = None
+    """What is trained; all of the model without one."""
+    reference: ModelSource | None = None
+    """Of a model of its own; without one the reference of a run with an adapter is the model without it."""
+    reference_adapter: AdapterSource | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Started:
+    """What a rank has to say once it holds the weights. Only rank 0 tells the plan, which all have."""
+
+    plan: Plan | None
+    warnings: tuple[str, ...]
+
+
+class TrainerRank:
+    """One Megatron rank. Heavy imports happen in `start`, after the CPU fixes are in place."""
+
+    def __init__(self, config: RunConfig, device: str, rank: int) -> None:
+        """Remembers only what it will be."""
+        self._config = config
+        self._rank = rank
+        self._device = device
+        self._model: MegatronModel
+        self._reference: FrozenModel | None = None
+        self._weights: ModelBridge
+        self._adapters: AdapterBridge | None = None
+        self._sources: Sources
+        self._parameters: Mapping[str, torch.Tensor]
+        self._plan: Plan
+        self._sync: SyncRank
+
+    def address(self) -> str:
+        """A `tcp://` rendezvous that was free on this rank's node a moment ago."""
+        return free_address()
+
+    def start(self, address: str, sources: Sources) -> Started:
+        """Join the group, build and load the model; returns the plan of its weights, the same on every rank."""
+        config, device = self._config, cast("Device", self._device)
+        join(
+            config.trainer,
+            config.cluster,
+            rank=self._rank,
+            address=address,
+            device=device,
+            seed=config.seed,
+        )
+        from actors.megatron_model import MegatronModel
+        from bridge.model_bridge import ModelBridge
+
+        source = sources.model
+        self._sources = sources
+        self._weights = ModelBridge(source.directory, tensors_of(source))
+        warnings: list[str] = []
+        adapt = None
+        if sources.adapter is not None:
+            self._adapters = sources.adapter.bridge(self._weights)
+            adapt = partial(_adapt, self._adapters, sources.adapter, config.seed, warnings)
+        load = partial(_load, self._weights, source, warnings)
+        self._model = MegatronModel(config, self._weights.spec, device=device, load=load, adapt=adapt)
+        if sources.reference is not None:
+            self._reference = self._load_reference(sources, warnings)
+        self._parameters, self._plan = self._what_is_synced()
+        return Started(plan=self._plan if self._rank == 0 else None, warnings=tuple(warnings))
+
+    def _load_reference(self, sources: Sources, warnings: list[str]) -> "FrozenModel":
+        from actors.megatron_model import FrozenModel
+        from bridge.model_bridge import ModelBridge
+
+        source, adapter = sources.reference, sources.reference_adapter
+        assert source is not None, "a run without a reference loads none"
+        bridge = ModelBridge(source.directory, tensors_of(source))
+        return FrozenModel(
+            self._config.trainer,
+            self._dtype,
+            bridge.spec,
+            device=cast("Device", self._device),
+            load=partial(_load, bridge, source, warnings),
+            adapt=None
+            if adapter is None
+            else partial(_adapt, adapter.bridge(bridge), adapter, self._config.seed, warnings),
+        )
+
+    def _what_is_synced(self) -> tuple[Mapping[str, torch.Tensor], Plan]:
+        """What engines are sent, and how: the whole model, with adapters in it, or these alone."""
+        from bridge.megatron import all_parameters, named_parameters
+
+        chunks = self._model.chunks
+        if self._adapters is not None and self._config.rollout.vllm_enable_lora:
+            return all_parameters(chunks), self._adapters.plan(chunks, self._dtype)
+        plan = self._weights.plan(chunks, self._dtype, copies=False)
+        return named_parameters(chunks) if self._adapters is None else self._adapters.merged(chunks), plan
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self._config.model.torch_dtype]
+
+    def step(
+        self, micro_batches: Sequence[MicroBatch], num_loss_tokens: int, denominator: float
+    ) -> StepResult:
+        """One optimizer step; the same result on every rank."""
+        from algorithms.losses import loss_of
+
+        loss, temperature = loss_of(self._config), self._config.loss_temperature
+        return self._model.step(micro_batches, num_loss_tokens, loss, temperature, denominator)
+
+    def entropies(self, micro_batches: Sequence[MicroBatch]) -> list[FloatRow] | None:
+        """Entropies at the loss's temperature on the last pipeline stage, else None."""
+        return self._model.entropies(micro_batches, self._config.loss_temperature)
+
+    def move_reference(self, share: float) -> None:
+        """Let this rank's part of the reference be `share` of the policy and the rest of what it was."""
+        assert self._reference is not None, "checked with the config"
+        self._reference.move_towards(self._model.chunks, share)
+
+    def logprobs(
+        self, micro_batches: Sequence[MicroBatch], reference: bool, temperature: float | None = None
+    ) -> list[FloatRow] | None:
+        """Log-probabilities of the labels on the last pipeline stage, else None; by default at the loss's
+        temperature."""
+        temperature = temperature or self._config.loss_temperature
+        if not reference:
+            return self._model.logprobs(micro_batches, temperature)
+        if self._reference is None:
+            return self._model.base_logprobs(micro_batches, temperature)
+        return self._reference.logprobs(micro_batches, temperature)
+
+    def follow(self, bucket_bytes: int) -> None:
+        """Cut the plan into buckets; from now on sending needs no more words."""
+        transport = self._config.bridge.transport
+        self._sync = SyncRank(self._parameters, self._plan, bucket_bytes, self._rank, transport)
+
+    def sync(self, method: str, *arguments: Any) -> Any:
+        """Call this rank's part in weight syncs (actors.sync_rank)."""
+        return getattr(self._sync, method)(*arguments)
+
+    def save(self, directory: Path, iteration: int) -> None:
+        """Write a checkpoint as the config says; every rank does it together."""
+        if self._adapters is not None:
+            self._save_adapter(self._adapters, directory, iteration)
+            if self._config.tuner.merge_lora:
+                merged = directory.with_name(directory.name + MERGED)
+                self._save_model(merged, self._adapters.merged(self._model.chunks))
+        elif self._config.checkpoint.save_safetensors:
+            self._save_model(directory)
+        else:
+            from actors.megatron_checkpoint import save_torch_dist
+
+            save_torch_dist(
+                self._model.chunks,
+                directory,
+                **self._state_to_save(iteration),
+                write_beside=partial(
+                    write_beside, directory, self._weights, torch_dtype=self._dtype, mtp=False
+                ),
+            )
+
+    def _save_model(self, directory: Path, parameters: Mapping[str, torch.Tensor] | None = None) -> None:
+        self._weights.save(
+            self._model.chunks,
+            directory,
+            torch_dtype=self._dtype,
+            max_shard_size=parse_size(self._config.checkpoint.max_shard_size),
+            parameters=parameters,
+        )
+
+    def _save_adapter(self, adapters: "AdapterBridge", directory: Path, iteration: int) -> None:
+        if self._config.checkpoint.save_safetensors:
+            adapters.save(self._model.chunks, directory)
+            return
+        from actors.megatron_adapter_checkpoint import save_adapter
+
+        source, chunks = self._sources.adapter, self._model.chunks
+        assert source is not None, "there are adapters"
+        plan, base = adapters.plan(chunks), self._weights.directory
+        save_adapter(
+            chunks,
+            directory,
+            **self._state_to_save(iteration),
+            write_beside=partial(write_adapter_beside, directory, source, base, plan),
+        )
+
+    def _state_to_save(self, iteration: int) -> dict[str, Any]:
+        whole = not self._config.checkpoint.no_save_optim
+        return {
+            "optimizer": self._model.optimizer if whole else None,
+            "scheduler": self._model.scheduler if whole else None,
+            "iteration": iteration,
+        }
+
+
+def _load(bridge: "ModelBridge", source: ModelSource, warnings: list[str], chunks: list[Any]) -> None:
+    if source.mcore is None:
+        found = bridge.load(chunks).not_finite
+    else:
+        from actors.megatron_checkpoint import load_torch_dist
+
+        # Layers for multi-token prediction are not trained, so the model is built without them.
+        load_torch_dist(chunks, source.mcore, ignored=("mtp.",))
+        found = bridge.not_finite(chunks)
+    if found:
+        warnings.append(f"{source.mcore or source.directory}: NaN or infinities in {', '.join(found)}")
+
+
+def _adapt(
+    bridge: "AdapterBridge", source: AdapterSource, seed: int, warnings: list[str], chunks: list[Any]
+) -> None:
+    found = fill_adapter(bridge, source, seed, chunks)
+    if found:
+        warnings.append(f"{source.directory}: NaN or infinities in {', '.join(found)}")

@@ -1,0 +1,153 @@
+"""From scored groups to samples with all that the loss asks for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from algorithms.advantages import advantages_of
+from algorithms.data import Batch, FloatRow, Rollout, Scored, TrainSample, float_row, int_row
+from algorithms.packing import Scaling, pack, unpack
+from algorithms.roles import Trainer
+from configs.grpo import GRPOConfig
+from configs.schema import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experience:
+    """What one generation step trains on."""
+
+    samples: tuple[TrainSample, ...]
+    metrics: Mapping[str, float]
+
+
+def gather(groups: Sequence[Scored], config: RunConfig, trainer: Trainer) -> Experience:
+    """Samples of the completions that have a reward, in the order of the groups, with their advantages.
+
+    The trainer is asked for what must be known before its first optimizer step on them: log-probabilities
+    under the policy when weights will change between steps, under the reference when there is a KL
+    term, entropies when tokens are chosen by them.
+    """
+    settings = config.grpo
+    kept = [_kept(each, settings) for each in groups]
+    samples = [
+        _sample(each, rollout)
+        for each, used in zip(groups, kept, strict=True)
+        for rollout, is_used in zip(each.group.rollouts, used, strict=True)
+        if is_used
+    ]
+    samples, entropies = _ask(samples, config, trainer) if samples else ([], None)
+    rewards = [each.rewards for each in groups]
+    metrics: dict[str, float] = {}
+    if settings.kl_in_reward:
+        rewards = _with_kl(rewards, kept, [settings.beta * _k1(sample) for sample in samples])
+    weights = [reward.weight for reward in config.rewards]
+    if settings.soft_overlong_cache is not None:
+        weights.append(1.0)
+    found = advantages_of(groups, rewards, weights, settings)
+    chosen = [value for row, used in zip(found, kept, strict=True) for value in row[used]]
+    samples = [
+        replace(sample, advantages=float_row(sample.loss_mask * value))
+        for sample, value in zip(samples, chosen, strict=True)
+    ]
+    if entropies is not None:
+        samples, metrics["entropy_threshold"] = _most_uncertain(
+            samples, entropies, settings.top_entropy_quantile
+        )
+    return Experience(samples=tuple(samples), metrics=metrics)
+
+
+def optimizer_batches(samples: Sequence[TrainSample], config: RunConfig) -> list[Batch]:
+    """One batch for each of `steps_per_generation` optimizer steps; a part without samples has none."""
+    steps = config.grpo.steps_per_generation
+    parts = [part for part in (samples[first::steps] for first in range(steps)) if part]
+    tokens = sum(sample.num_loss_tokens for sample in samples)
+    return [pack(part, config.trainer, scaling(part, tokens / len(parts), config.grpo)) for part in parts]
+
+
+def scaling(samples: Sequence[TrainSample], tokens_per_step: float, settings: GRPOConfig) -> Scaling:
+    """How the terms of an optimizer step's tokens become its loss.
+
+    `tokens_per_step` are the loss tokens of the generation step over its optimizer steps.
+    """
+    match settings.loss_type:
+        case "dapo" | "cispo":
+            return Scaling(per="token", denominator=tokens_per_step)
+        case "bnpo":
+            return Scaling(per="token", denominator=sum(sample.num_loss_tokens for sample in samples))
+        case "dr_grpo":
+            return Scaling(per="token", denominator=len(samples) * settings.max_completion_length)
+        case "grpo" | "sapo":
+            return Scaling(per="sequence", denominator=len(samples))
+
+
+def _kept(scored: Scored, settings: GRPOConfig) -> NDArray[np.bool_]:
+    """Which completions are trained on: those with a reward and a token, unless cut where that is masked."""
+    rollouts = scored.group.rollouts
+    known = ~np.isnan(scored.rewards) & np.array([bool(rollout.loss_mask.any()) for rollout in rollouts])
+    if not settings.mask_truncated_completions:
+        return known
+    return known & np.array([rollout.finish != "length" for rollout in rollouts])
+
+
+def _sample(scored: Scored, rollout: Rollout) -> TrainSample:
+    prompt = scored.group.prompt.tokens
+    before = np.zeros(prompt.size, np.float32)
+    mask = int_row(np.concatenate([before, rollout.loss_mask]))
+    return TrainSample(
+        tokens=int_row(np.concatenate([prompt, rollout.tokens])),
+        loss_mask=mask,
+        advantages=float_row(np.zeros(mask.size)),
+        logprobs=float_row(np.concatenate([before, rollout.logprobs])),
+        version=rollout.versions[0],
+    )
+
+
+def _ask(
+    samples: Sequence[TrainSample], config: RunConfig, trainer: Trainer
+) -> tuple[list[TrainSample], list[FloatRow] | None]:
+    settings = config.grpo
+    batch = pack(samples, config.trainer)
+    asked = list(samples)
+    if settings.beta > 0:
+        rows = unpack(batch, trainer.reference_logprobs(batch))
+        asked = [replace(sample, ref_logprobs=row) for sample, row in zip(asked, rows, strict=True)]
+    if settings.optimizer_steps > 1 or settings.kl_in_reward:
+        rows = unpack(batch, trainer.logprobs(batch))
+        asked = [replace(sample, old_logprobs=row) for sample, row in zip(asked, rows, strict=True)]
+    wanted = settings.top_entropy_quantile < 1
+    return asked, unpack(batch, trainer.entropies(batch)) if wanted else None
+
+
+def _with_kl(
+    rewards: Sequence[FloatRow], kept: Sequence[NDArray[np.bool_]], penalties: Sequence[float]
+) -> list[FloatRow]:
+    """Rewards less the penalties, one for each completion that is kept, in their order."""
+    left = iter(penalties)
+    return [
+        float_row([value - next(left) if used else value for value, used in zip(row, used_K, strict=True)])
+        for row, used_K in zip(rewards, kept, strict=True)
+    ]
+
+
+def _k1(sample: TrainSample) -> float:
+    """log(policy / reference) of the whole completion, before the first optimizer step."""
+    assert sample.old_logprobs is not None, "asked for"
+    assert sample.ref_logprobs is not None, "asked for"
+    difference = sample.old_logprobs.astype(np.float64) - sample.ref_logprobs
+    return float((difference * sample.loss_mask).sum())
+
+
+def _most_uncertain(
+    samples: Sequence[TrainSample], entropies: Sequence[FloatRow], share: float
+) -> tuple[list[TrainSample], float]:
+    """The samples with a policy mask: loss tokens whose entropy is in the top `share` of all of them.
+
+    Source: Wang et al. 2025 (beyond the 80/20 rule). The threshold is over all samples, not a micro-batch.
+    """
+    pairs = list(zip(samples, entropies, strict=True))
+    every = np.concatenate([row[sample.loss_mask > 0] for sample, row in pairs])
+    threshold = float(np.quantile(every, 1 - share))
+    masks = [int_row((row >= threshold) & (sample.loss_mask > 0)) for sample, row in pairs]
+    return [replace(sample, policy_mask=mask) for sample, mask in zip(samples, masks, strict=True)], threshold

@@ -1,0 +1,113 @@
+"""Where a generation step's scored groups come from."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from algorithms.advantages import has_signal
+from algorithms.data import Prompt, SamplingSettings, Scored, float_row
+from algorithms.prompts import PromptStream
+from algorithms.roles import Judge, Sampler
+from configs.grpo import GRPOConfig
+from configs.schema import RunConfig
+
+SOFT_OVERLONG = "soft_overlong"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generated:
+    """What was sampled in a step, and the groups of it to train on, in an order that does not depend on time."""
+
+    scored: tuple[Scored, ...]
+    kept: tuple[Scored, ...]
+
+
+class Rollouts:
+    """Samples and scores the prompts of one generation step after the other."""
+
+    def __init__(
+        self, config: RunConfig, sampler: Sampler, judge: Judge, prompts: PromptStream[Prompt]
+    ) -> None:
+        self._config = config
+        self._sampler = sampler
+        self._judge = judge
+        self._prompts = prompts
+
+    def generate(self, step: int) -> Generated:
+        """The next `prompts_per_step` prompts, sampled and scored.
+
+        With `dynamic_sample` further prompts take the place of groups without a signal, at most
+        `max_resample_times` times; what is left over in the end is the last of them.
+        """
+        settings = self._config.grpo
+        wanted, drawn = settings.prompts_per_step, 0
+        scored: list[Scored] = []
+        kept: list[Scored] = []
+        for _ in range(1 + (settings.max_resample_times if settings.dynamic_sample else 0)):
+            prompts = self._prompts.take(wanted - len(kept))
+            groups = self._sampler.generate(_requests(self._config, prompts, step, drawn))
+            found = [with_overlong(without_aborted(each), settings) for each in self._judge.score(groups)]
+            drawn += len(prompts)
+            # Groups finish in any order; the batch, and so the run, must not depend on it.
+            found.sort(key=lambda each: (each.group.prompt.id, each.group.rollouts[0].tokens.tobytes()))
+            scored += found
+            kept += [each for each in found if is_trained_on(each, settings)]
+            if len(kept) == wanted:
+                break
+        return Generated(scored=tuple(scored), kept=tuple(kept))
+
+
+def without_aborted(scored: Scored) -> Scored:
+    """The group without the rewards of aborted completions: what came of them is not their own doing."""
+    aborted = [rollout.finish == "abort" for rollout in scored.group.rollouts]
+    return replace(scored, rewards=float_row(np.where(aborted, np.nan, scored.rewards)))
+
+
+def with_overlong(scored: Scored, settings: GRPOConfig) -> Scored:
+    """The group with `soft_overlong` among its rewards: 0, falling to -1 over the last tokens before the limit.
+
+    Source: Yu et al. 2025 (DAPO), soft overlong punishment.
+    """
+    cache = settings.soft_overlong_cache
+    if cache is None:
+        return scored
+    free = settings.max_completion_length - cache
+    lengths = np.array([rollout.tokens.size for rollout in scored.group.rollouts])
+    change = -np.clip((lengths - free) / cache, 0, 1)
+    return replace(
+        scored,
+        rewards=float_row(scored.rewards + change),
+        parts={**scored.parts, SOFT_OVERLONG: tuple(change.tolist())},
+    )
+
+
+def is_trained_on(scored: Scored, settings: GRPOConfig) -> bool:
+    """Whether the group has something to teach, as the estimator sees it, or is kept all the same."""
+    if not settings.filter_zero_variance or settings.advantage_estimator == "reinforce_plus_plus":
+        return True
+    if settings.advantage_estimator == "gdpo":
+        rows = [float_row([np.nan if v is None else v for v in values]) for values in scored.parts.values()]
+        return any(has_signal(row) for row in rows)
+    return has_signal(scored.rewards)
+
+
+def _requests(
+    config: RunConfig, prompts: Sequence[Prompt], step: int, first: int
+) -> Iterator[tuple[Prompt, SamplingSettings]]:
+    """`first` is how many prompts of the step have been drawn before; each has a seed of its own."""
+    grpo = config.grpo
+    for position, prompt in enumerate(prompts, first):
+        seed = np.random.SeedSequence((config.seed, step, position)).generate_state(1)[0]
+        yield (
+            prompt,
+            SamplingSettings(
+                n=grpo.num_generations,
+                max_tokens=grpo.max_completion_length,
+                temperature=grpo.temperature,
+                top_p=grpo.top_p,
+                top_k=grpo.top_k,
+                stop=grpo.stop,
+                seed=int(seed),
+            ),
+        )
