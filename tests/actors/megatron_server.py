@@ -1,7 +1,7 @@
 """Runs the worker scripts of the Megatron tests in processes forked from this one, which has their imports.
 
-python -m tests.actors.megatron_server; reads a job a line and answers with the exit codes of its ranks. Imports
-take eight seconds of a core, many times what most cases take.
+python -m tests.actors.megatron_server; reads a job a line and answers with the exit codes of its ranks.
+Imports take eight seconds of a core, many times what most cases take.
 """
 
 import importlib
