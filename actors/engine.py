@@ -200,13 +200,16 @@ class Engine:
         return len(requests)
 
     async def init_weights(self, init_info: Mapping[str, Any]) -> None:
-        """Join the sender's group; returns once all its ranks are there. Raises EngineError."""
+        """Join the sender's group; returns once all its ranks are there.
+
+        Raises EngineError, also when the adapter that is to be sent does not fit the model.
+        """
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         try:
             await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=dict(init_info)))
         except Exception as error:
-            raise EngineError(f"{self._name}: no connection to the sender of weights: {error}") from error
+            raise EngineError(f"{self._name}: weights cannot be received: {error}") from error
 
     async def pause(self, mode: PauseMode = "keep") -> int:
         """Stop between two tokens; returns how many completions are in flight.

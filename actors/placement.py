@@ -70,7 +70,7 @@ def bundles_of(config: RunConfig, size: ModelSize, device: str) -> tuple[Bundle,
     shares = _shares(trainer, size)
     state = sum(share * (item + 4) + share * 12 // replicas for share, replicas in shares)
     weights = sum(share for share, _ in shares) * item
-    reference = weights if config.algorithm == "grpo" and config.grpo.beta > 0 else 0
+    reference = weights if _has_reference(config) else 0
     if config.tuner.tuner_type == "lora":
         # Gradients and optimizer state are of adapters, which are a few hundredths of the model.
         state = weights + weights // 4
@@ -101,6 +101,16 @@ def bundles_of(config: RunConfig, size: ModelSize, device: str) -> tuple[Bundle,
     else:
         small.insert(0, Bundle(owner="bridge", cpus=_SMALL_CPUS, gpus=0, memory=_GIB // 2 + held))
     return (*ranks, *[engine] * rollout.num_engines, *small)
+
+
+def _has_reference(config: RunConfig) -> bool:
+    """Whether the trainers hold a second model. With LoRA it can be the policy's with its adapters off."""
+    if config.algorithm != "grpo" or config.grpo.beta == 0:
+        return False
+    model, tuner = config.model, config.tuner
+    if tuner.tuner_type != "lora" or model.ref_model is not None or model.mcore_ref_model is not None:
+        return True
+    return tuner.ref_adapters is not None or bool(tuner.modules_to_save)
 
 
 def _shares(layout: LayoutConfig, size: ModelSize) -> list[tuple[int, int]]:

@@ -96,18 +96,19 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
     def init_transfer_engine(self, init_info: SyncInitInfo) -> None:
         """Join the group, leaving an earlier one.
 
-        Raises TransportError, SyncPlanError naming a tensor, or ConfigError naming a key of the adapter's config.
+        Raises TransportError, also for an adapter's tensor without a place in the model, SyncPlanError naming a
+        tensor, or ConfigError naming a key of the adapter's config.
         """
         self.shutdown()
         self._plan = from_wire(init_info.plan)
-        self._config = None
-        if init_info.adapter is not None:
-            manager_of(self.model)
-            self._config = parse_adapter_config(init_info.adapter)
+        adapter = init_info.adapter
+        self._config = None if adapter is None else parse_adapter_config(adapter)
         self._partial = init_info.partial
         parallel = self.parallel_config
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
         self._group = self._connect(init_info, rank)
+        if self._config is not None:
+            self._check_places(self._config)
 
     def start_weight_update(self) -> None:
         """Open a layerwise reload of the model; an adapter needs none."""
@@ -200,6 +201,18 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
                 self._keep_adapter(of_adapter, self._config)
         report = WorkerReport(version=version, tensors=loaded, digest=assembler.digest)
         self._group.send(encode_report(report), 0)
+
+    def _check_places(self, config: AdapterConfig) -> None:
+        """Make the plan's adapter of zeros: what vLLM would refuse it refuses before anything is trained."""
+        zeros = {
+            info.name: torch.zeros((), dtype=info.dtype).expand(info.shape) for info in self._plan.tensors
+        }
+        try:
+            build_adapter(manager_of(self.model), zeros, config)
+        except BaseException:
+            # Not before the group was joined: its other members would wait for this one.
+            self.shutdown()
+            raise
 
     def _keep_adapter(self, tensors: Mapping[str, torch.Tensor], config: AdapterConfig) -> None:
         """Make vLLM's adapter of these tensors, and of those of the last update where they are only some."""

@@ -23,6 +23,7 @@ from bridge.sync_plan import cut_plan, to_wire
 from bridge.sync_protocol import SyncOrder, WorkerReport, decode_report, empty_report, encode_header
 from bridge.transport.base import TransportError
 from bridge.transport.gloo import free_port
+from configs.errors import BasculeError
 from configs.schema import RunConfig
 
 EOS = 2
@@ -150,7 +151,11 @@ class Sender:
         meeting = Meeting(host="127.0.0.1", port=free_port("127.0.0.1"), peers=peers, timeout_s=60)
         refs = engines.meet(self._members, meeting, to_wire(self.plan), partial, adapter)
         self.group = meeting.join(0)
-        engines.wait(self._members, refs, "connect")
+        try:
+            engines.wait(self._members, refs, "connect")
+        except BasculeError:
+            self.group.close()
+            raise
         self.reports: list[WorkerReport] = []
 
     def push(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from tests.actors.engine_helpers import make_model, prompt, save_tokenizer
+from algorithms.data import int_row
+from tests.actors.engine_helpers import make_model, prompt, reference_greedy, save_tokenizer
 
 ROOT = Path(__file__).parents[2]
 # As `python -m actors.cli`, but a shell that starts the tests in the background has SIGINT ignored.
@@ -112,6 +115,15 @@ class Running:
         """Processes of the run whose command line begins with this."""
         return [pid for pid, line in _marked(self.mark).items() if line.startswith(command)]
 
+    def kill_an_engine(self, metrics: Path) -> None:
+        """After the first step, with SIGKILL; what comes after has to be as if nothing had been."""
+        while self.process.poll() is None:
+            # Not row by row: the last line may be half written.
+            if metrics.is_file() and '"loss"' in metrics.read_text():
+                os.kill(self.pids("ray::Engine")[0], signal.SIGKILL)
+                return
+            time.sleep(0.05)
+
     def finish(self, timeout: float = 300) -> Finished:
         """Wait for the end; then give its daemons a moment and list those that stay."""
         out, err = self.process.communicate(timeout=timeout)
@@ -147,6 +159,29 @@ def run(*arguments: str) -> Finished:
 def rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def evaluated(directory: Path, step: int) -> list[dict[str, Any]]:
+    """The completions of a run's evaluation after a step."""
+    return [
+        row for row in rows(directory / "rollouts.jsonl") if (row["split"], row["step"]) == ("eval", step)
+    ]
+
+
+def assert_texts_are_transformers(directory: Path, checkpoint: Path, step: int) -> None:
+    """What the engines said after the last step is what transformers generates with the checkpoint."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    last = evaluated(directory, step)
+    assert len(last) == 6
+    for row in last:
+        tokens = int_row(tokenizer(row["messages"][-1]["content"])["input_ids"])
+        expected = reference_greedy(model, tokens, 10)
+        # An engine's text goes on from the prompt, so it begins with the space between two words.
+        assert row["completion"].split() == tokenizer.decode(expected, skip_special_tokens=True).split()
+        assert row["weight_versions"] == [step, step]
 
 
 def _marked(mark: str) -> dict[int, str]:

@@ -337,7 +337,7 @@ def test_a_killed_engine_is_noticed_while_idle_and_named_with_the_prompt(rigs: d
         died = time.monotonic()
         with pytest.raises(EngineError, match=f"engine 0: {ended}"):
             watching.result()
-    assert time.monotonic() - died < 4
+    assert time.monotonic() - died < 10
     with pytest.raises(EngineError, match=f"engine 0: prompt p6: vLLM failed: {ended}"):
         ask(rig, "generate", prompt(6), settings())
     os.kill(info.pid, signal.SIGKILL)
@@ -366,7 +366,7 @@ def test_an_engine_killed_at_work_is_noticed(rigs: dict[str, Rig], paused: bool)
             watching.result()
         with pytest.raises(EngineError, match=f"engine 0: .*{ended}"):
             working.result()
-    assert time.monotonic() - died < 4
+    assert time.monotonic() - died < 10
 
 
 DRIVER = """

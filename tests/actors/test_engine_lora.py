@@ -125,27 +125,35 @@ def spoiled(number: int, buffer: torch.Tensor) -> None:
         buffer[5] += 1
 
 
-def test_what_is_broken_or_has_no_place_is_named_and_refused(rig: Rig) -> None:
+def test_what_has_no_place_is_named_before_anything_is_sent(rig: Rig) -> None:
     adapter = make_adapter("llama", seed=1)
+    send(rig, adapter, 600)
     whole, q = adapter.tensors, "base_model.model.model.layers.1.self_attn.q_proj"
     a, b = f"{q}.lora_A.weight", f"{q}.lora_B.weight"
     unknown = "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"
     saved = "base_model.model.lm_head.weight"
-    broken: list[tuple[str, dict[str, Any]]] = [
-        (r"bucket 2 of .*not what was sent: base_model\.model\..*lora_", {"spoil": spoiled}),
-        (rf"no place for {unknown}", {"tensors": {**whole, unknown: whole[a]}}),
-        (rf"no place for {saved}", {"tensors": {**whole, saved: whole[a]}}),
-        (f"{b} came without the other half", {"tensors": {k: v for k, v in whole.items() if k != a}}),
-        (rf"{a} is \[3, 64\], must be \[4, 64\]", {"tensors": {**whole, a: whole[a][:3].contiguous()}}),
-        (rf"{b} is \[64, 4\], must be \[128, 4\]", {"tensors": {**whole, b: whole[b][:64].contiguous()}}),
+    misfits: list[tuple[str, dict[str, torch.Tensor]]] = [
+        (rf"no place for {unknown}", {**whole, unknown: whole[a]}),
+        (rf"no place for {saved}", {**whole, saved: whole[a]}),
+        (f"{b} came without the other half", {k: v for k, v in whole.items() if k != a}),
+        (rf"{a} is \[3, 64\], must be \[4, 64\]", {**whole, a: whole[a][:3].contiguous()}),
+        (rf"{b} is \[64, 4\], must be \[128, 4\]", {**whole, b: whole[b][:64].contiguous()}),
     ]
-    for message, others in broken:
-        with pytest.raises(EngineError, match=message):
-            send(rig, adapter, 700, **others)
-        with pytest.raises(EngineError, match=r"prompt p1 refused.*version 700"):
-            ask(rig, "generate", prompt(1), settings())
-        with pytest.raises(EngineError, match="stays paused"):
-            rig.engines.resume()
+    for message, tensors in misfits:
+        with pytest.raises(EngineError, match=f"weights cannot be received: .*{message}"):
+            Sender(rig.engines, tensors, adapter=adapter.config)
+    # It was not touched.
+    assert_follows(rig, adapter.model)
+
+
+def test_what_is_not_what_was_sent_is_refused(rig: Rig) -> None:
+    adapter = make_adapter("llama", seed=1)
+    with pytest.raises(EngineError, match=r"bucket 2 of .*not what was sent: base_model\.model\..*lora_"):
+        send(rig, adapter, 700, spoil=spoiled)
+    with pytest.raises(EngineError, match=r"prompt p1 refused.*version 700"):
+        ask(rig, "generate", prompt(1), settings())
+    with pytest.raises(EngineError, match="stays paused"):
+        rig.engines.resume()
     send(rig, adapter, 701)
     assert_follows(rig, adapter.model)
 

@@ -78,7 +78,7 @@ def group_of(
     return group, ray.get(refs)
 
 
-def until(condition: Any, seconds: float = 10.0) -> float:
+def until(condition: Any, seconds: float = 30.0) -> float:
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < seconds

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.actors.megatron_processes import log_of, run_workers
+from tests.actors.megatron_processes import RunWorkers, log_of
 
 pytestmark = pytest.mark.megatron
+pytest_plugins = ("tests.actors.megatron_fixtures",)
 
 DENSE = "megatron_checkpoint_worker.py"
 EXPERTS = "megatron_checkpoint_experts_worker.py"
@@ -30,18 +31,18 @@ KEYS = {
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def results(tmp_path_factory: pytest.TempPathFactory, run_workers: RunWorkers) -> list[dict[str, Any]]:
     """What each of the three processes measured, by case."""
-    return run_both(DENSE, tmp_path_factory.mktemp("dense"))
+    return run_both(run_workers, DENSE, tmp_path_factory.mktemp("dense"))
 
 
 @pytest.fixture(scope="module")
-def experts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def experts(tmp_path_factory: pytest.TempPathFactory, run_workers: RunWorkers) -> list[dict[str, Any]]:
     """The same of the models with experts."""
-    return run_both(EXPERTS, tmp_path_factory.mktemp("experts"))
+    return run_both(run_workers, EXPERTS, tmp_path_factory.mktemp("experts"))
 
 
-def run_both(worker: str, directory: Path) -> list[dict[str, Any]]:
+def run_both(run_workers: RunWorkers, worker: str, directory: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for world_size in (2, 1):
         prefix = f"{world_size}-"

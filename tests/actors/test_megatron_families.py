@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from tests.actors.megatron_families_layouts import BFLOAT16, READS, STEPS, world_size
-from tests.actors.megatron_processes import run_workers
+from tests.actors.megatron_processes import RunWorkers
 
 pytestmark = pytest.mark.megatron
+pytest_plugins = ("tests.actors.megatron_fixtures",)
 
 WORKER = Path(__file__).with_name("megatron_families_worker.py")
 STEP_CASES = [f"{layout}/{family}" for layout, families in STEPS.items() for family in families]
@@ -22,7 +23,7 @@ Results = Callable[[str], list[Any]]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results(tmp_path_factory: pytest.TempPathFactory, run_workers: RunWorkers) -> Results:
     """A case's results, one per rank; starts the processes of its layout when first asked."""
     finished: dict[int, list[dict[str, Any]]] = {}
 

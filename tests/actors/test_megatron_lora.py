@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from tests.actors.megatron_lora_layouts import SPLIT, STEPS, TRIPS, steps_of
-from tests.actors.megatron_processes import run_workers
+from tests.actors.megatron_processes import RunWorkers
 
 pytestmark = pytest.mark.megatron
+pytest_plugins = ("tests.actors.megatron_fixtures",)
 
 WORKER = Path(__file__).with_name("megatron_lora_worker.py")
 STEP_CASES = [
@@ -28,7 +29,7 @@ Results = Callable[[str], list[Any]]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results(tmp_path_factory: pytest.TempPathFactory, run_workers: RunWorkers) -> Results:
     """A case's results, one per rank. Two processes run first: they write checkpoints that one reads."""
     directory = tmp_path_factory.mktemp("lora")
     finished: dict[int, list[dict[str, Any]]] = {}

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.actors.megatron_processes import run_workers
+from tests.actors.megatron_processes import RunWorkers
 
 pytestmark = pytest.mark.megatron
+pytest_plugins = ("tests.actors.megatron_fixtures",)
 
 WORKER = Path(__file__).with_name("megatron_worker.py")
 RANKS = {"one": 1, "tp2": 2, "tp2-sp": 2, "pp2": 2, "dp2": 2, "tp2-sp-pp2": 4, "pp2-dp2": 4}
@@ -29,7 +30,7 @@ Results = Callable[[str], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results(tmp_path_factory: pytest.TempPathFactory, run_workers: RunWorkers) -> Results:
     """A case's results, one per rank; starts the processes of its layout when first asked."""
     finished: dict[int, list[dict[str, Any]]] = {}
 

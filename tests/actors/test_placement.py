@@ -83,6 +83,25 @@ def test_memory_is_what_the_parts_need_written_out() -> None:
     assert "4 x trainer" in describe(bundles)
 
 
+def test_with_lora_a_reference_of_its_own_is_counted_and_the_policy_without_adapters_is_not() -> None:
+    parameters = 1_000_000
+
+    def memory(beta: float = 0.1, model: str | None = None, **tuner: object) -> int:
+        sections: dict[str, object] = {
+            "model": {"model": "m", "ref_model": model},
+            "grpo": {"beta": beta},
+            "tuner": {"tuner_type": "lora", **tuner},
+        }
+        return bundles_of(config(**sections), size(parameters), "cpu")[0].memory
+
+    alone = memory(beta=0)
+    # bfloat16 weights, and a quarter of that for what adapters need.
+    assert alone == (1 << 30) + parameters * 2 * 5 // 4
+    assert memory() == alone
+    for others in ({"model": "r"}, {"ref_adapters": "a"}, {"modules_to_save": ["lm_head"]}):
+        assert memory(**others) == alone + parameters * 2  # pyright: ignore[reportArgumentType]
+
+
 def test_a_bridge_that_keeps_a_version_holds_all_of_it_in_its_own_bundle_or_in_rank_0() -> None:
     parameters = 1_000_000
     plain = bundles_of(config(), size(parameters), "cpu")

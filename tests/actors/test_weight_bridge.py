@@ -162,7 +162,7 @@ def test_after_a_sync_all_engines_compute_what_the_trainers_do(stack: Stack) -> 
 
 def test_an_engine_killed_while_idle_comes_back_with_the_bridges_copy(stack: Stack) -> None:
     os.kill(stack.pid_of(1), signal.SIGKILL)
-    until(lambda: len(stack.engines.members) == 1, 10)
+    until(lambda: len(stack.engines.members) == 1, 30)
     # The trainers are further already: what it gets is what the others have.
     expected = stack.expected()
     stack.train()
@@ -186,7 +186,7 @@ def test_an_engine_whose_core_dies_while_generating_loses_nothing(stack: Stack) 
     for group in groups:
         assert group.rollouts[0].tokens.tolist() == reference[group.prompt.id].tokens.tolist()
     # On a busy machine its own prompts may have been done before it was killed.
-    until(lambda: all(member.incarnation for member in stack.engines.members), 10)
+    until(lambda: all(member.incarnation for member in stack.engines.members), 30)
     list(stack.engines.generate(requests(2)))
     assert [member.incarnation for member in stack.engines.members] == [1, 1]
     stack.train()
