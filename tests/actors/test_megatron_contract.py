@@ -1,0 +1,47 @@
+"""The gradient of a step does not depend on micro-batches, packing, order or layout: torch's, for every loss.
+
+What the losses are is in tests/algorithms/test_losses.py. The numbers are measured by megatron_contract_worker.py,
+once per number of processes; here they are judged.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.actors.megatron_contract_cases import LAYOUTS, LOSSES, PACKINGS
+from tests.actors.megatron_processes import RunWorkers
+
+pytestmark = pytest.mark.megatron
+pytest_plugins = ("tests.actors.megatron_fixtures",)
+
+WORKER = Path(__file__).with_name("megatron_contract_worker.py")
+
+Results = Callable[[str], list[Any]]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, run_workers: RunWorkers) -> Results:
+    """What the ranks of a layout measured; starts the processes when first asked."""
+    finished: dict[int, list[dict[str, Any]]] = {}
+
+    def of_case(case: str) -> list[Any]:
+        world_size = 1 if case.startswith("one/") else 2
+        if world_size not in finished:
+            finished[world_size] = run_workers(WORKER, world_size, tmp_path_factory.mktemp("contract"))
+        return [rank[case] for rank in finished[world_size]]
+
+    return of_case
+
+
+@pytest.mark.parametrize("name", ["sft", *LOSSES])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gradient_is_that_of_every_sample_by_itself(layout: str, name: str, results: Results) -> None:
+    measured = results(f"{layout}/{name}")
+    assert len(measured) == (1 if layout == "one" else 2)
+    for rank in measured:
+        assert rank.keys() == PACKINGS.keys()
+        for packing, errors in rank.items():
+            assert errors["loss"] < 1e-5, packing
+            assert errors["grads"] < 1e-5, packing
