@@ -20,7 +20,9 @@ from algorithms.data import (
 )
 from algorithms.prompts import PromptStream
 from algorithms.roles import Roles
+from algorithms.rollouts import Rollouts, with_overlong
 from configs.errors import BasculeError
+from configs.grpo import GRPOConfig
 from configs.schema import RunConfig
 
 
@@ -201,3 +203,92 @@ def test_completions_without_reward_or_aborted_are_not_trained_on() -> None:
     assert trainer.batches[0].num_loss_tokens == 2 * 2
     (micro,) = trainer.batches[0].ranks[0]
     assert set(micro.labels_T[micro.loss_mask_T == 1]) == {0, 2}
+
+
+def test_iterations_repeat_the_optimizer_steps_on_the_same_samples() -> None:
+    trainer, _, recorder = run(config(steps_per_generation=2, num_iterations=3), [1.0, 0.0, 0.0, 1.0])
+    assert trainer.calls == (["logprobs"] + ["step"] * 6) * 3
+    first, second = trainer.batches[0], trainer.batches[1]
+    assert trainer.batches[2] == first
+    assert trainer.batches[5] == second
+    # One sync for all of them.
+    assert recorder.versions == [0, 0, 1, 1, 2, 2]
+
+
+def test_the_reference_moves_on_its_schedule() -> None:
+    settings = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.25}
+    trainer, _, _ = run(config(**settings), [1.0, 0.0, 0.0, 1.0])
+    moves = [call for call in trainer.calls if call.startswith("reference moves")]
+    assert moves == ["reference moves by 0.25"]
+    assert trainer.calls.index(moves[0]) == trainer.calls.index("step", trainer.calls.index("step") + 1) + 1
+
+
+class Rewarded(Judge):
+    """Rewards by the prompt's name; parts are the rewards."""
+
+    def __init__(self, by_prompt: Mapping[str, list[float]]) -> None:
+        self.by_prompt = by_prompt
+
+    def score(self, groups: Iterable[Group]) -> Iterator[Scored]:
+        for group in groups:
+            values = self.by_prompt[group.prompt.id]
+            yield Scored(group=group, rewards=float_row(values), parts={"r": tuple(values)})
+
+
+def generated(by_prompt: Mapping[str, list[float]], **settings: object) -> tuple[Rollouts, Sampler]:
+    sampler = Sampler()
+    stream = PromptStream(prompts(), seed=0, shuffle=False)
+    return Rollouts(config(**settings), sampler, Rewarded(by_prompt), stream), sampler
+
+
+MIXED = {"p0": [1.0] * 4, "p1": [1.0, 0.0, 0.0, 0.0], "p2": [0.0] * 4, "p3": [0.0, 1.0, 1.0, 0.0]}
+
+
+def test_dynamic_sampling_draws_further_prompts_in_place_of_those_without_signal() -> None:
+    rollouts, sampler = generated(MIXED, dynamic_sample=True)
+    found = rollouts.generate(1)
+    assert [each.group.prompt.id for each in found.scored] == ["p0", "p1", "p2", "p3"]
+    assert [each.group.prompt.id for each in found.kept] == ["p1", "p3"]
+    assert len({settings.seed for settings in sampler.settings}) == 4
+    # Two refills at most; what there is by then is trained on.
+    rollouts, _ = generated(MIXED | {"p3": [1.0] * 4}, dynamic_sample=True, max_resample_times=2)
+    found = rollouts.generate(1)
+    assert [each.group.prompt.id for each in found.scored] == ["p0", "p1", "p2", "p3"]
+    assert [each.group.prompt.id for each in found.kept] == ["p1"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, ["p1"]),
+        ({"filter_zero_variance": False}, ["p0", "p1"]),
+        # The mean of the batch, not of the group, is what these are compared with.
+        ({"advantage_estimator": "reinforce_plus_plus"}, ["p0", "p1"]),
+        ({"advantage_estimator": "gdpo"}, ["p1"]),
+    ],
+)
+def test_groups_without_signal_are_left_out_where_they_have_nothing_to_teach(
+    settings: dict[str, object], kept: list[str]
+) -> None:
+    rollouts, _ = generated(MIXED, **settings)
+    assert [each.group.prompt.id for each in rollouts.generate(1).kept] == kept
+
+
+def test_soft_overlong_lowers_the_reward_evenly_over_the_last_tokens() -> None:
+    settings = GRPOConfig(max_completion_length=10, soft_overlong_cache=4)
+    prompt = prompts()[0]
+    rollouts = tuple(
+        Rollout(
+            tokens=int_row([0] * length),
+            logprobs=float_row([0] * length),
+            text="",
+            finish="stop",
+            loss_mask=int_row([1] * length),
+            versions=(0, 0),
+        )
+        for length in (6, 7, 9, 10)
+    )
+    scored = Scored(group=Group(prompt=prompt, rollouts=rollouts), rewards=float_row([1] * 4), parts={})
+    found = with_overlong(scored, settings)
+    np.testing.assert_allclose(found.rewards, [1, 0.75, 0.25, 0])
+    assert found.parts["soft_overlong"] == (0, -0.25, -0.75, -1)

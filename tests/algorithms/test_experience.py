@@ -1,0 +1,144 @@
+"""What a generation step trains on, with a trainer whose answers can be read off the tokens."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from algorithms.data import Batch, FloatRow, Group, Prompt, Rollout, Scored, StepResult, float_row, int_row
+from algorithms.experience import gather, optimizer_batches
+from algorithms.packing import Rows
+from configs.schema import RunConfig
+
+
+class Trainer:
+    """Log-probabilities are minus a hundredth of the label, the reference's twice that; entropies the label."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def step(self, batch: Batch) -> StepResult:
+        raise AssertionError("not in this test")
+
+    def save(self, step: int) -> None:
+        raise AssertionError("not in this test")
+
+    def move_reference(self, share: float) -> None:
+        raise AssertionError("not in this test")
+
+    def logprobs(self, batch: Batch) -> Rows:
+        return self._rows("policy", batch, -0.01)
+
+    def reference_logprobs(self, batch: Batch) -> Rows:
+        return self._rows("reference", batch, -0.02)
+
+    def entropies(self, batch: Batch) -> Rows:
+        return self._rows("entropies", batch, 1.0)
+
+    def _rows(self, name: str, batch: Batch, factor: float) -> tuple[tuple[FloatRow, ...], ...]:
+        self.asked.append(name)
+        return tuple(tuple(float_row(micro.labels_T * factor) for micro in rank) for rank in batch.ranks)
+
+
+def config(**settings: object) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {"model": "m"},
+            "data": {"dataset": "d"},
+            "grpo": {"num_generations": 2, "max_completion_length": 4, "scale_rewards": "none", **settings},
+            "rewards": [{"function": "r"}],
+        }
+    )
+
+
+def rollout(tokens: list[int], finish: str = "stop") -> Rollout:
+    return Rollout(
+        tokens=int_row(tokens),
+        logprobs=float_row([-1.0] * len(tokens)),
+        text="",
+        finish="length" if finish == "length" else "stop",
+        loss_mask=int_row([1] * len(tokens)),
+        versions=(0, 0),
+    )
+
+
+def group(rewards: list[float], *rollouts: Rollout) -> Scored:
+    prompt = Prompt(id="p", tokens=int_row([1, 2]), messages=(), columns={})
+    return Scored(
+        group=Group(prompt=prompt, rollouts=rollouts), rewards=float_row(rewards), parts={"r": tuple(rewards)}
+    )
+
+
+GROUPS = [
+    group([1.0, 0.0], rollout([10, 11]), rollout([20, 21, 22, 23], "length")),
+    group([0.0, 1.0], rollout([30]), rollout([40, 41, 42])),
+]
+
+
+def test_samples_carry_what_the_loss_asks_for_and_nothing_else() -> None:
+    trainer = Trainer()
+    plain = gather(GROUPS, config(), trainer).samples
+    assert trainer.asked == []
+    assert [sample.old_logprobs for sample in plain] == [None] * 4
+    full = gather(GROUPS, config(beta=0.1, num_iterations=2), trainer).samples
+    assert trainer.asked == ["reference", "policy"]
+    for sample in full:
+        assert sample.old_logprobs is not None
+        assert sample.ref_logprobs is not None
+        np.testing.assert_allclose(sample.old_logprobs[1:], sample.tokens[1:] * -0.01)
+        np.testing.assert_allclose(sample.ref_logprobs[1:], sample.tokens[1:] * -0.02)
+        assert sample.policy_mask is None
+    np.testing.assert_array_equal(full[0].advantages, [0, 0, 0.5, 0.5])
+    np.testing.assert_array_equal(full[2].advantages, [0, 0, -0.5])
+
+
+def test_a_masked_truncated_completion_counts_in_the_mean_but_is_not_trained_on() -> None:
+    samples = gather(GROUPS, config(mask_truncated_completions=True), Trainer()).samples
+    assert [sample.tokens.tolist()[2:] for sample in samples] == [[10, 11], [30], [40, 41, 42]]
+    assert samples[0].advantages[-1] == 0.5
+
+
+def test_kl_in_reward_lowers_the_reward_by_the_summed_difference() -> None:
+    samples = gather(GROUPS, config(beta=0.5, kl_in_reward=True), Trainer()).samples
+    # log policy - log reference is a hundredth of each token.
+    rewards = [1 - 0.5 * 0.21, 0 - 0.5 * 0.86]
+    assert samples[0].advantages[-1] == pytest.approx((rewards[0] - rewards[1]) / 2, rel=1e-5)
+    assert samples[1].advantages[-1] == pytest.approx((rewards[1] - rewards[0]) / 2, rel=1e-5)
+
+
+def test_the_most_uncertain_tokens_are_those_of_the_whole_step() -> None:
+    experience = gather(GROUPS, config(top_entropy_quantile=0.4), Trainer())
+    masks = [sample.policy_mask for sample in experience.samples]
+    chosen = {
+        int(token)
+        for sample, mask in zip(experience.samples, masks, strict=True)
+        if mask is not None
+        for token in sample.tokens[mask > 0]
+    }
+    assert chosen == {30, 40, 41, 42}
+    assert 23 < experience.metrics["entropy_threshold"] <= 30
+
+
+def test_denominators_are_of_the_generation_step_for_dapo_and_of_the_part_for_the_others() -> None:
+    samples = gather(GROUPS, config(), Trainer()).samples
+    # Of 10 tokens in two optimizer steps, the parts have 2 + 1 and 4 + 3.
+    wanted = {
+        "dapo": [5, 5],
+        "cispo": [5, 5],
+        "bnpo": [3, 7],
+        "dr_grpo": [8, 8],
+        "grpo": [2, 2],
+        "sapo": [2, 2],
+    }
+    for loss_type, denominators in wanted.items():
+        run = config(loss_type=loss_type, steps_per_generation=2)
+        batches = optimizer_batches(samples, run)
+        assert [batch.denominator for batch in batches] == denominators, loss_type
+        assert [batch.num_loss_tokens for batch in batches] == [3, 7]
+
+
+def test_a_completion_of_no_tokens_is_not_trained_on() -> None:
+    empty = replace(GROUPS[1], group=replace(GROUPS[1].group, rollouts=(rollout([]), rollout([40]))))
+    (sample,) = gather([empty], config(), Trainer()).samples
+    assert sample.tokens.tolist() == [1, 2, 40]
+    assert optimizer_batches([], config()) == []
