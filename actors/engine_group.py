@@ -55,14 +55,20 @@ class EngineGroup:
         return len(self.pool)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Group]:
-        """Groups in the order they finish. A request is drawn from `requests` when an engine has room for it.
+        """Groups in the order they finish; engines begin at once, whether or not anyone asks for the first.
 
-        What a lost engine was doing is given to others. Raises the EngineError of an engine that lives,
-        EngineLostError when no engine is left, or DeadlineExceededError when no group at all was finished within
-        the time for a step. What is in flight then is given up, and also when the caller stops iterating.
+        A request is drawn from `requests` when an engine has room for it. What a lost engine was doing is given
+        to others. Raises the EngineError of an engine that lives, EngineLostError when no engine is left, or
+        DeadlineExceededError when no group at all was finished within the time for a step. What is in flight
+        then is given up, and also when the caller stops iterating.
         """
         waiting = _Requests(requests)
         running: dict[Any, _Running] = {}
+        self._welcome()
+        self._submit(waiting, running)
+        return self._collect(waiting, running)
+
+    def _collect(self, waiting: "_Requests", running: "dict[Any, _Running]") -> Iterator[Group]:
         try:
             while running or waiting:
                 self.pool.wait_for_one(self._timeout_s)
@@ -306,4 +312,6 @@ def create_engines(
         start_timeout_s=cluster.start_timeout_s,
         max_recoveries=config.bridge.max_recoveries,
     )
-    return EngineGroup(pool, rollout.max_num_seqs, cluster.step_timeout_s, rollout.tensor_parallel_size)
+    # Engines hold back what they have no room for, so that they never wait for a trainer that is ahead.
+    room = rollout.max_num_seqs * (1 + config.grpo.max_lag)
+    return EngineGroup(pool, room, cluster.step_timeout_s, rollout.tensor_parallel_size)

@@ -11,7 +11,7 @@ from algorithms.evaluation import evaluate, reward_metrics
 from algorithms.experience import gather, optimizer_batches
 from algorithms.prompts import PromptStream
 from algorithms.roles import Roles, Trainer
-from algorithms.rollouts import Rollouts
+from algorithms.rollouts import Rollouts, staleness
 from configs.errors import BasculeError
 from configs.schema import RunConfig
 
@@ -44,6 +44,7 @@ def train(config: RunConfig, roles: Roles, prompts: PromptStream[Prompt], held_o
             roles.trainer.move_reference(config.grpo.ref_model_mixup_alpha)
         scored = generated.scored
         metrics = reward_metrics(scored) | _means(results) | dict(experience.metrics)
+        metrics |= staleness(scored, version - bool(results))
         metrics |= dict(synced) | clock.metrics()
         metrics["groups/zero_variance_ratio"] = float(
             np.mean([not has_signal(each.rewards) for each in scored])

@@ -59,7 +59,7 @@ class Sampler(Protocol):
     """Rollout engines."""
 
     def generate(self, requests: Iterable[tuple[Prompt, SamplingSettings]]) -> Iterator[Group]:
-        """Groups in the order they finish."""
+        """Groups in the order they finish. Sampling begins with the call, not with the first `next`."""
         ...
 
 

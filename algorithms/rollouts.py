@@ -1,12 +1,13 @@
 """Where a generation step's scored groups come from."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from algorithms.advantages import has_signal
-from algorithms.data import Prompt, SamplingSettings, Scored, float_row
+from algorithms.data import Group, Prompt, SamplingSettings, Scored, float_row
 from algorithms.prompts import PromptStream
 from algorithms.roles import Judge, Sampler
 from configs.grpo import GRPOConfig
@@ -23,8 +24,17 @@ class Generated:
     kept: tuple[Scored, ...]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Begun:
+    """A step that engines are working on."""
+
+    step: int
+    num_prompts: int
+    groups: Iterator[Group]
+
+
 class Rollouts:
-    """Samples and scores the prompts of one generation step after the other."""
+    """Samples and scores the prompts of one generation step after the other, `max_lag` steps ahead."""
 
     def __init__(
         self, config: RunConfig, sampler: Sampler, judge: Judge, prompts: PromptStream[Prompt]
@@ -33,29 +43,50 @@ class Rollouts:
         self._sampler = sampler
         self._judge = judge
         self._prompts = prompts
+        self._begun: deque[_Begun] = deque()
+        self._last = 0
 
     def generate(self, step: int) -> Generated:
         """The next `prompts_per_step` prompts, sampled and scored.
 
-        With `dynamic_sample` further prompts take the place of groups without a signal, at most
-        `max_resample_times` times; what is left over in the end is the last of them.
+        The steps after it, up to `max_lag`, are begun before that, so that engines have work while the trainer
+        trains on this one: what step s + max_lag is trained with began under the weights of step s, which are
+        `max_lag` versions older. With `dynamic_sample` further prompts take the place of groups without a
+        signal, at most `max_resample_times` times; what is left over in the end is the last of them.
         """
         settings = self._config.grpo
-        wanted, drawn = settings.prompts_per_step, 0
+        while self._last < min(step + settings.max_lag, self._config.max_steps):
+            self._last += 1
+            self._begun.append(self._begin(self._last, settings.prompts_per_step, 0))
+        begun = self._begun.popleft()
+        assert begun.step == step, "steps come in order"
         scored: list[Scored] = []
         kept: list[Scored] = []
-        for _ in range(1 + (settings.max_resample_times if settings.dynamic_sample else 0)):
-            prompts = self._prompts.take(wanted - len(kept))
-            groups = self._sampler.generate(_requests(self._config, prompts, step, drawn))
-            found = [with_overlong(without_aborted(each), settings) for each in self._judge.score(groups)]
-            drawn += len(prompts)
+        drawn, left = begun.num_prompts, settings.max_resample_times if settings.dynamic_sample else 0
+        while True:
+            found = [
+                with_overlong(without_aborted(each), settings) for each in self._judge.score(begun.groups)
+            ]
             # Groups finish in any order; the batch, and so the run, must not depend on it.
             found.sort(key=lambda each: (each.group.prompt.id, each.group.rollouts[0].tokens.tobytes()))
             scored += found
             kept += [each for each in found if is_trained_on(each, settings)]
-            if len(kept) == wanted:
-                break
-        return Generated(scored=tuple(scored), kept=tuple(kept))
+            missing = settings.prompts_per_step - len(kept)
+            if not missing or not left:
+                return Generated(scored=tuple(scored), kept=tuple(kept))
+            left -= 1
+            begun = self._begin(step, missing, drawn)
+            drawn += missing
+
+    def _begin(self, step: int, num_prompts: int, drawn: int) -> _Begun:
+        requests = _requests(self._config, self._prompts.take(num_prompts), step, drawn)
+        return _Begun(step=step, num_prompts=num_prompts, groups=self._sampler.generate(requests))
+
+
+def staleness(scored: Sequence[Scored], version: int) -> dict[str, float]:
+    """How many weight versions older than `version` the oldest part of completions is: mean and largest."""
+    ages = [version - rollout.versions[0] for each in scored for rollout in each.group.rollouts]
+    return {"sampling/staleness_mean": float(np.mean(ages)), "sampling/staleness_max": float(max(ages))}
 
 
 def without_aborted(scored: Scored) -> Scored:

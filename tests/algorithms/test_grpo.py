@@ -81,7 +81,8 @@ class Sampler:
             groups.append(
                 Group(prompt=prompt, rollouts=tuple(self._rollout(index) for index in range(settings.n)))
             )
-        yield from reversed(groups)
+        # What a group is sampled with is decided when it begins.
+        return reversed(groups)
 
     def _rollout(self, index: int) -> Rollout:
         return Rollout(
@@ -102,6 +103,20 @@ class Judge:
         for group in groups:
             values = self.rewards[: len(group.rollouts)]
             yield Scored(group=group, rewards=float_row(values), parts={"r": tuple(values)})
+
+
+class Overlapping(Sampler):
+    """Says when sampling begins, among what the trainer is called for."""
+
+    def __init__(self, calls: list[str]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def generate(self, requests: Iterable[tuple[Prompt, SamplingSettings]]) -> Iterator[Group]:
+        groups = list(super().generate(requests))
+        if len(groups) > 1:
+            self.calls.append("begin")
+        return iter(groups)
 
 
 class Weights:
@@ -213,6 +228,27 @@ def test_iterations_repeat_the_optimizer_steps_on_the_same_samples() -> None:
     assert trainer.batches[5] == second
     # One sync for all of them.
     assert recorder.versions == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_engines_begin_steps_ahead_and_no_sample_is_older_than_allowed(lag: int) -> None:
+    trainer, recorder = Trainer(), Recorder()
+    sampler = Overlapping(trainer.calls)
+    roles = Roles(
+        trainer=trainer,
+        sampler=sampler,
+        judge=Judge([1.0, 0.0, 0.0, 1.0]),
+        weights=Weights(sampler),
+        recorder=recorder,
+    )
+    run_config = config(max_lag=lag)
+    stream = PromptStream(prompts(), seed=0, shuffle=False)
+    grpo.train(run_config, roles, stream, prompts()[:1])
+    begun = min(1 + lag, 3)
+    assert trainer.calls == ["begin"] * begun + ["step", "begin"] * (3 - begun) + ["step"] * begun
+    # Versions that sampled for the three steps, two prompts each.
+    assert recorder.versions[::2] == [max(0, step - lag) for step in range(3)]
+    assert [row["sampling/staleness_max"] for row in recorder.steps] == [min(step, lag) for step in range(3)]
 
 
 def test_the_reference_moves_on_its_schedule() -> None:
