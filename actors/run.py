@@ -27,6 +27,7 @@ from actors.trainer_rank import MERGED, Sources
 from algorithms import grpo, sft
 from algorithms.data import Prompt, TrainSample
 from algorithms.datasets import make_prompts, make_sft_samples, read_rows
+from algorithms.formula import doubts, loss_line
 from algorithms.prompts import PromptStream
 from algorithms.rewards.loading import Reward, check_arguments, load_rewards
 from algorithms.roles import Roles
@@ -363,7 +364,9 @@ def describe(config: RunConfig, prepared: Prepared) -> Sequence[str]:
         lines += [
             f"data: {len(prepared.prompts)} prompts, {len(prepared.held_out)} held out",
             f"step: {settings.prompts_per_step} prompts x {settings.num_generations} completions, "
-            f"{settings.steps_per_generation} optimizer step(s)",
+            f"{settings.optimizer_steps} optimizer step(s)",
+            f"loss: {loss_line(settings)}",
+            *(f"doubtful: {doubt}" for doubt in doubts(settings, len(prepared.rewards))),
             *(f"reward: {reward.name}, weight {reward.weight:g}" for reward in prepared.rewards),
         ]
     else:
