@@ -100,7 +100,7 @@ class RunRecorder:
 
         for name in ("tensorboard", "checkpoint"):
             shutil.rmtree(self._directory / name, ignore_errors=True)
-        for name in ("result.json", "curve.png"):
+        for name in ("result.json", "curve.png", "last", "best"):
             (self._directory / name).unlink(missing_ok=True)
         self._metrics = (self._directory / "metrics.jsonl").open("w")
         self._rollouts = (self._directory / "rollouts.jsonl").open("w")

@@ -80,6 +80,10 @@ class TrainerConfig(LayoutConfig):
     """Tokens packed into one micro-batch, in place of a number of samples. Does not change the gradient."""
     packing: bool = True
     """Put samples side by side; `false` pads each to the longest. Does not change the gradient."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Compute again in the backward pass what would be kept: whole layers, or only attention (Megatron's)."""
+    recompute_num_layers: int = Field(default=1, ge=1)
+    """With `full`: layers between two activations that are kept."""
     lr: float = Field(default=1e-6, gt=0)
     """Peak learning rate."""
     min_lr: float = Field(default=0.0, ge=0)
