@@ -3,9 +3,9 @@
     python -m benchmarks.step [--model models/smollm2-135m-instruct] [--dtype float32] [--steps 3] [--threads 2]
 
 Both train the same sequences in one process, a step of one after a step of the other; the median of the steps
-after the first counts. transformers has the sequences in one batch, padded to the longest, its own loss and AdamW of
-torch. `equal`: all sequences are as long; `ragged`: most are short, one is long, and the trainer packs them. The losses
-of the first step are printed: they have to agree.
+after the first counts. transformers has the sequences in one batch, padded to the longest, with its own loss and
+AdamW of torch. `equal`: all sequences are as long; `ragged`: most are short, one is long, and the trainer packs them.
+The losses of the first step are printed: they have to agree.
 """
 
 import argparse
