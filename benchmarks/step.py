@@ -4,8 +4,8 @@
 
 Both train the same sequences in one process, a step of one after a step of the other; the median of the steps
 after the first counts. transformers has the sequences in one batch, padded to the longest, with its own loss and
-AdamW of torch. `equal`: all sequences are as long; `ragged`: most are short, one is long, and the trainer packs them.
-The losses of the first step are printed: they have to agree.
+AdamW of torch. `equal`: all sequences are as long; `ragged`: most are short, one is long, and the trainer packs
+them. The losses of the first step are printed: they have to agree.
 """
 
 import argparse
