@@ -31,7 +31,7 @@ def test_help_lists_every_option_with_its_text(capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     for option in list_options(RunConfig):
         assert f"--{'.'.join(option.path)}" in shown
-    assert "Upper truncation of that weight." in shown
+    assert "Upper bound of the ratio." in shown
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     assert "make-model" in capsys.readouterr().out
