@@ -1,7 +1,11 @@
 """Supervised fine-tuning: samples -> train step. The same trainer as GRPO, no engines."""
 
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
 from algorithms.clock import Clock
-from algorithms.data import TrainSample
+from algorithms.data import Batch, TrainSample
 from algorithms.packing import pack
 from algorithms.prompts import PromptStream
 from algorithms.roles import Recorder, Trainer
@@ -9,18 +13,17 @@ from configs.schema import RunConfig
 
 
 def train(
-    config: RunConfig, trainer: Trainer, samples: PromptStream[TrainSample], recorder: Recorder
+    config: RunConfig,
+    trainer: Trainer,
+    samples: PromptStream[TrainSample],
+    held_out: Sequence[TrainSample],
+    recorder: Recorder,
 ) -> None:
-    """Run `max_steps` optimizer steps of `sft.batch_size` samples each."""
-    layout = config.trainer
+    """Run `max_steps` optimizer steps of `sft.batch_size` samples; evaluate before, after, every `eval_steps`."""
+    best = _evaluate(config, trainer, held_out, recorder, 0, float("inf"))
     for step in range(1, config.max_steps + 1):
         clock = Clock()
-        batch = pack(
-            samples.take(config.sft.batch_size),
-            num_ranks=layout.data_parallel_size,
-            micro_batch_size=layout.micro_batch_size,
-            multiple=layout.tensor_model_parallel_size,
-        )
+        batch = _batch(config, samples.take(config.sft.batch_size))
         with clock("train"):
             result = trainer.step(batch)
         times = clock.metrics()
@@ -37,3 +40,44 @@ def train(
         )
         if config.saves_at(step):
             trainer.save(step)
+        if step == config.max_steps or (config.eval_steps and step % config.eval_steps == 0):
+            best = _evaluate(config, trainer, held_out, recorder, step, best)
+
+
+def evaluate(config: RunConfig, trainer: Trainer, held_out: Sequence[TrainSample]) -> Mapping[str, float]:
+    """`eval/loss`: the cross-entropy per loss token of all held-out samples; nothing without any."""
+    total, count, size = 0.0, 0, config.sft.batch_size
+    for first in range(0, len(held_out), size):
+        batch = _batch(config, held_out[first : first + size])
+        for micros, rows in zip(batch.ranks, trainer.logprobs(batch), strict=True):
+            for micro, logprobs_T in zip(micros, rows, strict=True):
+                total -= float(logprobs_T[micro.loss_mask_T > 0].sum(dtype=np.float64))
+        count += batch.num_loss_tokens
+    return {"eval/loss": total / count, "eval/num_tokens": float(count)} if count else {}
+
+
+def _evaluate(
+    config: RunConfig,
+    trainer: Trainer,
+    held_out: Sequence[TrainSample],
+    recorder: Recorder,
+    step: int,
+    best: float,
+) -> float:
+    """Record an evaluation; returns the lowest loss so far."""
+    metrics = evaluate(config, trainer, held_out)
+    if not metrics:
+        return best
+    best = min(best, metrics["eval/loss"])
+    recorder.evaluation(step, (), {**metrics, "eval/best_loss": best})
+    return best
+
+
+def _batch(config: RunConfig, samples: Sequence[TrainSample]) -> Batch:
+    layout = config.trainer
+    return pack(
+        samples,
+        num_ranks=layout.data_parallel_size,
+        micro_batch_size=layout.micro_batch_size,
+        multiple=layout.tensor_model_parallel_size,
+    )
