@@ -355,10 +355,10 @@ def _make_directory(config: RunConfig, prepared: Prepared) -> Path:
     return directory
 
 
-def _trained_lines(sources: Sources) -> list[str]:
-    adapter = sources.adapter
+def _trained_lines(prepared: Prepared) -> list[str]:
+    adapter, freeze = prepared.sources.adapter, prepared.config.trainer.freeze
     if adapter is None:
-        return [f"trained: all but {len(sources.frozen)} parameters"] if sources.frozen else []
+        return [f"trained: all parameters but {', '.join(freeze)}"] if freeze else []
     start = "new" if adapter.is_new else f"from {adapter.mcore or adapter.directory}"
     return [f"trained: LoRA adapters of {len(adapter.modules)} modules, rank {adapter.config.r}, {start}"]
 
@@ -372,7 +372,7 @@ def describe(prepared: Prepared) -> Sequence[str]:
     lines = [
         f"model: {source.mcore or source.directory} ({prepared.spec.num_layers} layers, "
         f"{prepared.num_parameters / 1e6:.1f} M parameters), device {prepared.device}",
-        *_trained_lines(prepared.sources),
+        *_trained_lines(prepared),
         f"trainer: {trainer.world_size} ranks = tensor {trainer.tensor_model_parallel_size} x pipeline "
         f"{trainer.pipeline_model_parallel_size} x data {trainer.data_parallel_size}",
     ]
