@@ -57,7 +57,7 @@ class Samples:
     def describe(self) -> str:
         """`16 samples`, and what happened to long rows."""
         changes = [(self.truncated, "truncated"), (self.dropped, "dropped")]
-        return ", ".join([f"{len(self.kept)} samples", *(f"{n} rows {what}" for n, what in changes if n)])
+        return ", ".join([f"{len(self.kept)} samples", *(f"{n} {what}" for n, what in changes if n)])
 
 
 def make_prompts(rows: Sequence[Row], tokenizer: Tokenizer, data: DataConfig) -> list[Prompt]:

@@ -288,7 +288,9 @@ class RunConfig(Section):
         if self.algorithm == "sft" and self.sft.num_train_epochs is not None:
             # Not whether it was typed, so that a dump loads back.
             if self.max_steps != RunConfig.model_fields["max_steps"].default:
-                raise ValueError("sft.num_train_epochs: give it or max_steps, not both")
+                raise ValueError(
+                    f"sft.num_train_epochs: give it or max_steps, not both; max_steps is {self.max_steps}"
+                )
         else:
             self.check_warmup()
 

@@ -292,7 +292,7 @@ def test_long_rows_lose_their_end_or_are_left_out(tmp_path: Path) -> None:
         ids("<bos> two five <eos>"),
     ]
     assert [sample.loss_mask.tolist() for sample in cut.kept] == [[0, 0, 0, 1, 1], [0, 0, 1, 1]]
-    assert cut.describe() == "2 samples, 1 rows truncated, 1 rows dropped"
+    assert cut.describe() == "2 samples, 1 truncated, 1 dropped"
     left = samples_of(tmp_path, rows, None, max_length=5, truncation="drop")
     assert (len(left.kept), left.truncated, left.dropped) == (1, 0, 2)
     with pytest.raises(ConfigError, match=r"sft\.max_length: with 2 tokens sft\.truncation drop leaves none"):
