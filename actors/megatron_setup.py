@@ -304,7 +304,7 @@ def scheduler(optimizer: Any, run: RunConfig) -> OptimizerParamScheduler:
         init_lr=0.0,
         max_lr=trainer.lr,
         min_lr=trainer.min_lr,
-        lr_warmup_steps=trainer.lr_warmup_iters,
+        lr_warmup_steps=run.lr_warmup_steps,
         lr_decay_steps=run.optimizer_steps,
         lr_decay_style=trainer.lr_decay_style,
         start_wd=trainer.weight_decay,

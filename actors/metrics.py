@@ -55,7 +55,8 @@ class RunRecorder:
         self.evaluations.append(row)
         self._write(row)
         self._write_rollouts(step, "eval", scored)
-        self._console.line(f"eval at step {step}: accuracy {metrics['eval/accuracy']:.3f}")
+        name = _evaluated(row)
+        self._console.line(f"eval at step {step}: {name} {metrics[f'eval/{name}']:.3f}")
 
     def _write(self, row: Mapping[str, float]) -> None:
         self._metrics.write(json.dumps(finite_or_none(row)) + "\n")
@@ -118,6 +119,11 @@ class RunRecorder:
         self._events.close()
 
 
+def _evaluated(row: Mapping[str, float]) -> str:
+    """What an evaluation is about: accuracy, or for sft the loss."""
+    return "accuracy" if "eval/accuracy" in row else "loss"
+
+
 def finite_or_none(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with None for NaN and infinity, which JSON does not have."""
     return {
@@ -127,7 +133,7 @@ def finite_or_none(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plot_curve(recorder: RunRecorder, path: Path) -> None:
-    """A PNG of the mean reward by step (the loss, for sft), and of held-out accuracy where measured."""
+    """A PNG of the mean reward by step (the loss, for sft), and of what was held out, where measured."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -138,8 +144,10 @@ def plot_curve(recorder: RunRecorder, path: Path) -> None:
     points = [(row["step"], row[name]) for row in recorder.rows if name in row]
     axes.plot(*zip(*points, strict=True), linewidth=1.5, label=f"training {name}")
     if recorder.evaluations:
-        points = [(row["step"], row["eval/accuracy"]) for row in recorder.evaluations]
-        axes.plot(*zip(*points, strict=True), "o--", label="held-out accuracy (greedy)")
+        measured = _evaluated(recorder.evaluations[0])
+        points = [(row["step"], row[f"eval/{measured}"]) for row in recorder.evaluations]
+        label = "held-out accuracy (greedy)" if measured == "accuracy" else "held-out loss"
+        axes.plot(*zip(*points, strict=True), "o--", label=label)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
