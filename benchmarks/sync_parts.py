@@ -289,7 +289,7 @@ class _Receiver:
                 group.broadcast(buffer, 0)
                 yield name, buffer.view(like.dtype).view(like.shape)
 
-        self._load((iter([pair]) for pair in received()))
+        self._load(iter([pair]) for pair in received())
 
     def _load_alone(self, turn: int) -> None:
         self._load([iter(self._tensors.items())])
