@@ -200,6 +200,8 @@ def engine_main(job: dict[str, Any], results: Any) -> None:
         max_model_len=256,
         max_num_seqs=4,
         enforce_eager=True,
+        # Nothing is sampled, and a model of random weights has none.
+        skip_tokenizer_init=True,
         kv_cache_memory_bytes=64 << 20,
         disable_log_stats=True,
         weight_transfer_config={"backend": "gloo"},
