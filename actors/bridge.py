@@ -205,7 +205,8 @@ class WeightBridge:
         # Ends whatever still waits in the old groups.
         self._home.start()
         try:
-            self._trainers.check(self._collective_s + _CHECK_S)
+            # One that was joining the lost group waits twice: for its meeting point, then for its members.
+            self._trainers.check(2 * self._collective_s + _CHECK_S)
         except BasculeError as lost:
             raise lost from error
         self._find_lost(members)

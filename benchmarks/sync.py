@@ -10,7 +10,7 @@ processes:
   broadcast   the bridge broadcasts as many bytes to trainer and engine in buckets of 16 MB (nothing is loaded)
   disk        the trainer writes safetensors, in memory-backed files where there are, and vLLM reloads them
   one by one  a gloo broadcast for each tensor and a call of vLLM's loader, hashes and checks left out
-  load alone  vLLM loads what is in its own memory: what no way of moving can go below
+  load alone  vLLM loads what is in its own memory, in one call: what no way of moving can go below
 
 Times are from the start to the engine's readiness, medians in seconds. Extra memory is the peak of resident memory
 during a sync over that before it, trainer and bridge, in buckets.

@@ -4,7 +4,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,8 @@ def engine_main(job: dict[str, Any], results: Any) -> None:
         max_model_len=256,
         max_num_seqs=4,
         enforce_eager=True,
+        # Nothing is sampled, and a model of random weights has none.
+        skip_tokenizer_init=True,
         kv_cache_memory_bytes=64 << 20,
         disable_log_stats=True,
         weight_transfer_config={"backend": "gloo"},
@@ -289,18 +291,18 @@ class _Receiver:
                 group.broadcast(buffer, 0)
                 yield name, buffer.view(like.dtype).view(like.shape)
 
-        self._load(received())
+        self._load(iter([pair]) for pair in received())
 
     def _load_alone(self, turn: int) -> None:
-        self._load(iter(self._tensors.items()))
+        self._load([iter(self._tensors.items())])
 
     @property
     def _engine(self) -> Any:
         return self._worker.worker.weight_transfer_engine
 
-    def _load(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+    def _load(self, calls: Iterable[Iterator[tuple[str, torch.Tensor]]]) -> None:
         engine = self._engine
         engine.start_weight_update()
-        for pair in weights:
-            engine.model.load_weights(iter([pair]))
+        for weights in calls:
+            engine.model.load_weights(weights)
         engine.finish_weight_update()

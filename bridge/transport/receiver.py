@@ -186,12 +186,12 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
         for number, buffer in zip(numbers, _ahead(receive), strict=True):
             place = f"{where}, bucket {number} of {len(self._plan.buckets)}"
             with naming(place):
-                for weights in assembler.add(number, buffer, with_hashes=order.hashes(number)):
-                    if self._config is None:
-                        self._load_unit(weights)
-                    else:
-                        of_adapter.update(weights)
-                    loaded += len(weights)
+                whole = list(assembler.add(number, buffer, with_hashes=order.hashes(number)))
+                loaded += sum(len(weights) for weights in whole)
+                if self._config is None:
+                    self._load_units(whole)
+                else:
+                    of_adapter.update(pair for weights in whole for pair in weights)
         if assembler.missing:
             raise TransportError(f"{where}: these did not come whole: {', '.join(assembler.missing[:8])}")
         if self._config is None:
@@ -241,16 +241,24 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
                 "all tensors of the model"
             )
 
-    def _load_unit(self, weights: list[tuple[str, torch.Tensor]]) -> None:
-        unit = unit_of(weights[0][0])
-        if not self._partial or unit in self._layers_of:
-            self._load(weights)
-            return
-        # Which layers a unit fills shows the first time; an update without it then expects nothing of them.
+    def _load_units(self, units: Sequence[list[tuple[str, torch.Tensor]]]) -> None:
+        """All in one call, because each walks through all modules of the model a few times."""
+        known: list[tuple[str, torch.Tensor]] = []
+        for weights in units:
+            if self._partial and unit_of(weights[0][0]) not in self._layers_of:
+                self._load_first(weights)
+            else:
+                known += weights
+        if known:
+            self._load(known)
+
+    def _load_first(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        """Note which layers the unit fills: an update without it then expects nothing of them."""
         before = waiting_layers(self.model)
         self._load(weights)
         after = waiting_layers(self.model)
-        self._layers_of[unit] = {name for name, numel in before.items() if after.get(name) != numel}
+        filled = {name for name, numel in before.items() if after.get(name) != numel}
+        self._layers_of[unit_of(weights[0][0])] = filled
 
     def _load(self, weights: list[tuple[str, torch.Tensor]]) -> None:
         taken: list[str] = []
