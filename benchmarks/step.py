@@ -82,7 +82,7 @@ def theirs(run: RunConfig, tokens: Sequence[Sequence[int]]) -> Callable[[], floa
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        return float(loss)
+        return loss.item()
 
     return step
 
