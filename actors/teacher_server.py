@@ -48,7 +48,9 @@ class TeacherServers:
                 found = await self._request(client, "GET", f"{url}/v1/models", None)
             return str(found["data"][0]["id"])
         except (TeacherServerError, KeyError, IndexError, TypeError) as error:
-            raise ConfigError(f"gkd.teacher_model_server: {url} does not say which model it has: {error}") from error
+            raise ConfigError(
+                f"gkd.teacher_model_server: {url} does not say which model it has: {error}"
+            ) from error
 
     async def _ask_all(self, samples: Sequence[TrainSample]) -> list[TopTokens]:
         room = asyncio.Semaphore(_CONNECTIONS)
@@ -120,7 +122,9 @@ def _to_rows(entries: Sequence[Mapping[str, Any] | None], length: int, k: int) -
     for position, entry in enumerate(entries):
         if entry is None:
             continue
-        ranked = sorted(((float(value["logprob"]), int(token)) for token, value in entry.items()), reverse=True)
+        ranked = sorted(
+            ((float(value["logprob"]), int(token)) for token, value in entry.items()), reverse=True
+        )
         for place, (logprob, token) in enumerate(ranked[:k]):
             ids_LK[position, place], logprobs_LK[position, place] = token, logprob
     return TopTokens(ids=int_row(ids_LK), logprobs=float_row(logprobs_LK))

@@ -136,7 +136,6 @@ def run_step(layout: str, name: str) -> dict[str, Any]:
     weights = weights_of(student)
     return {key: abs(found[key] / want[key] - 1) for key in want} | {
         "weights": worst((parameter.detach(), weights[key]) for key, parameter in mine(model.chunks)),
-        "clipped": float(norm) > CLIP_GRAD,
     }
 
 
@@ -149,9 +148,7 @@ def run_split_vocabulary(beta: float) -> dict[str, float]:
     share = slice(rank * 20, rank * 20 + 20)
     options = {"beta": beta, "vocab_size": 37, "group": tensor_parallel_group(), "temperature": 0.9}
     whole = student[:, :37].clone().requires_grad_()
-    ids, logprobs = vocab_parallel_topk(
-        teacher[:, share], 25, vocab_size=37, group=tensor_parallel_group()
-    )
+    ids, logprobs = vocab_parallel_topk(teacher[:, share], 25, vocab_size=37, group=tensor_parallel_group())
     cases = {
         "whole": (
             lambda logits: vocab_parallel_divergence(logits, teacher[:, share], **options),

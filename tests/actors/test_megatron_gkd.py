@@ -30,9 +30,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_equals_transformers_on_full_logits(case: str, results: list[dict[str, Any]]) -> None:
     for rank in results:
-        measured = rank[case]
-        assert measured.pop("clipped")
-        assert all(error < 2e-5 for error in measured.values()), measured
+        assert all(error < 1e-5 for error in rank[case].values()), rank[case]
 
 
 @pytest.mark.parametrize("beta", BETAS)
