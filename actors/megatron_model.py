@@ -240,6 +240,10 @@ class MegatronModel:
         """As FrozenModel.entropies, under the current weights."""
         return self._model.entropies(micro_batches, temperature)
 
+    def evaluate(self, micro_batches: Sequence[MicroBatch], finish: Finish) -> list[Any] | None:
+        """As FrozenModel.evaluate, under the current weights."""
+        return self._model.evaluate(micro_batches, finish)
+
     def step(
         self,
         micro_batches: Sequence[MicroBatch],

@@ -11,9 +11,9 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from actors.megatron_divergence import aligned, vocab_parallel_divergence
-from actors.megatron_model import FrozenModel, tensor_parallel_group
+from actors.megatron_model import FrozenModel, MegatronModel, tensor_parallel_group
 from actors.megatron_topk import topk_divergence, vocab_parallel_topk
-from algorithms.data import MicroBatch
+from algorithms.data import FloatRow, MicroBatch, float_row
 from configs.gkd import GKDConfig
 
 Kept = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -79,6 +79,17 @@ class MegatronTeacher:
             vocab_size=self._vocab_size,
             group=group,
         )
+
+    def divergences(
+        self, student: MegatronModel, micro_batches: Sequence[MicroBatch]
+    ) -> list[FloatRow] | None:
+        """Divergence of the student as it is at each token, float32 [T] each; None off the last stage."""
+
+        def finish(batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, FloatRow]:
+            return output.new_zeros(()), float_row(self.divergence(batch, output[0]).cpu().numpy())
+
+        self.look_at(micro_batches)
+        return student.evaluate(micro_batches, finish)
 
     def _topk(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         k = self._settings.gkd_logits_topk

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -23,6 +23,12 @@ class Console(Protocol):
     def progress(self, done: int, total: int) -> None:
         """Show how far the run is."""
         ...
+
+
+def warn(warnings: Sequence[str], console: Console) -> None:
+    """Show what trainers noticed while loading."""
+    for warning in warnings:
+        console.line(f"warning: {warning}")
 
 
 class RunRecorder:
@@ -55,7 +61,8 @@ class RunRecorder:
         self.evaluations.append(row)
         self._write(row)
         self._write_rollouts(step, "eval", scored)
-        self._console.line(f"eval at step {step}: accuracy {metrics['eval/accuracy']:.3f}")
+        name = headline(metrics)
+        self._console.line(f"eval at step {step}: {name} {metrics[f'eval/{name}']:.3f}")
 
     def _write(self, row: Mapping[str, float]) -> None:
         self._metrics.write(json.dumps(finite_or_none(row)) + "\n")
@@ -118,6 +125,11 @@ class RunRecorder:
         self._events.close()
 
 
+def headline(evaluation: Mapping[str, float]) -> str:
+    """What an evaluation is told by, without `eval/`: rewards give an accuracy, a teacher a divergence."""
+    return "accuracy" if "eval/accuracy" in evaluation else "divergence"
+
+
 def finite_or_none(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with None for NaN and infinity, which JSON does not have."""
     return {
@@ -138,8 +150,9 @@ def plot_curve(recorder: RunRecorder, path: Path) -> None:
     points = [(row["step"], row[name]) for row in recorder.rows if name in row]
     axes.plot(*zip(*points, strict=True), linewidth=1.5, label=f"training {name}")
     if recorder.evaluations:
-        points = [(row["step"], row["eval/accuracy"]) for row in recorder.evaluations]
-        axes.plot(*zip(*points, strict=True), "o--", label="held-out accuracy (greedy)")
+        measure = headline(recorder.evaluations[0])
+        points = [(row["step"], row[f"eval/{measure}"]) for row in recorder.evaluations]
+        axes.plot(*zip(*points, strict=True), "o--", label=f"held-out {measure}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

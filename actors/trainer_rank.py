@@ -20,6 +20,7 @@ from configs.sizes import parse_size
 if TYPE_CHECKING:
     from actors.megatron_model import FrozenModel, MegatronModel
     from actors.megatron_setup import Device
+    from actors.megatron_teacher import MegatronTeacher
     from bridge.adapter_bridge import AdapterBridge
     from bridge.model_bridge import ModelBridge
 
@@ -38,6 +39,7 @@ class Sources:
     reference: ModelSource | None = None
     """Of a model of its own; without one the reference of a run with an adapter is the model without it."""
     reference_adapter: AdapterSource | None = None
+    teacher: ModelSource | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +60,7 @@ class TrainerRank:
         self._device = device
         self._model: MegatronModel
         self._reference: FrozenModel | None = None
+        self._teacher: MegatronTeacher | None = None
         self._weights: ModelBridge
         self._adapters: AdapterBridge | None = None
         self._sources: Sources
@@ -94,16 +97,18 @@ class TrainerRank:
         load = partial(_load, self._weights, source, warnings)
         self._model = MegatronModel(config, self._weights.spec, device=device, load=load, adapt=adapt)
         if sources.reference is not None:
-            self._reference = self._load_reference(sources, warnings)
+            self._reference = self._load_frozen(sources.reference, sources.reference_adapter, warnings)
+        if sources.teacher is not None:
+            self._teacher = self._load_teacher(sources.teacher, warnings)
         self._parameters, self._plan = self._what_is_synced()
         return Started(plan=self._plan if self._rank == 0 else None, warnings=tuple(warnings))
 
-    def _load_reference(self, sources: Sources, warnings: list[str]) -> "FrozenModel":
+    def _load_frozen(
+        self, source: ModelSource, adapter: AdapterSource | None, warnings: list[str]
+    ) -> "FrozenModel":
         from actors.megatron_model import FrozenModel
         from bridge.model_bridge import ModelBridge
 
-        source, adapter = sources.reference, sources.reference_adapter
-        assert source is not None, "a run without a reference loads none"
         bridge = ModelBridge(source.directory, tensors_of(source))
         return FrozenModel(
             self._config.trainer,
@@ -115,6 +120,12 @@ class TrainerRank:
             if adapter is None
             else partial(_adapt, adapter.bridge(bridge), adapter, self._config.seed, warnings),
         )
+
+    def _load_teacher(self, source: ModelSource, warnings: list[str]) -> "MegatronTeacher":
+        from actors.megatron_teacher import MegatronTeacher
+
+        frozen = self._load_frozen(source, None, warnings)
+        return MegatronTeacher(frozen, self._config.gkd, self._weights.spec.vocab_size)
 
     def _what_is_synced(self) -> tuple[Mapping[str, torch.Tensor], Plan]:
         """What engines are sent, and how: the whole model, with adapters in it, or these alone."""
@@ -137,7 +148,16 @@ class TrainerRank:
         from algorithms.losses import loss_of
 
         loss, temperature = loss_of(self._config), self._config.loss_temperature
-        return self._model.step(micro_batches, num_loss_tokens, loss, temperature, denominator)
+        divergence = None
+        if self._teacher is not None:
+            self._teacher.look_at(micro_batches)
+            divergence = self._teacher.divergence
+        return self._model.step(micro_batches, num_loss_tokens, loss, temperature, denominator, divergence)
+
+    def divergences(self, micro_batches: Sequence[MicroBatch]) -> list[FloatRow] | None:
+        """Divergence from the teacher at each token on the last pipeline stage, else None."""
+        assert self._teacher is not None, "a run of gkd has a teacher"
+        return self._teacher.divergences(self._model, micro_batches)
 
     def entropies(self, micro_batches: Sequence[MicroBatch]) -> list[FloatRow] | None:
         """Entropies at the loss's temperature on the last pipeline stage, else None."""

@@ -1,74 +1,107 @@
-"""Generalized knowledge distillation: completions, the student's own or given -> train step towards the teacher."""
+"""Generalized knowledge distillation: completions, own or given -> train step towards the teacher."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
 from algorithms.clock import Clock
-from algorithms.data import Group, Prompt, SamplingSettings, Scored, TrainSample, float_row, int_row
+from algorithms.data import (
+    Batch,
+    FloatRow,
+    Group,
+    Prompt,
+    SamplingSettings,
+    Scored,
+    TrainSample,
+    float_row,
+    int_row,
+)
 from algorithms.packing import pack
 from algorithms.prompts import PromptStream
 from algorithms.roles import Recorder, Sampler, Trainer, WeightSync
 from configs.schema import RunConfig
 
 
+class Distiller(Trainer, Protocol):
+    """The student, and its teacher."""
+
+    def divergences(self, batch: Batch) -> tuple[tuple[FloatRow, ...], ...]:
+        """Divergence of the student from the teacher at each token, by rank and micro-batch, each of length T."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Student:
-    """What completes prompts as the trained model would: engines, and the way of its weights to them."""
+    """What completes prompts as the student would: engines, and the way of its weights to them."""
 
     sampler: Sampler
     weights: WeightSync
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Roles:
+    """Everything the loop talks to. `student` is None in a run without on-policy steps."""
+
+    trainer: Distiller
+    student: Student | None
+    recorder: Recorder
+
+
 def train(
     config: RunConfig,
-    trainer: Trainer,
-    student: Student | None,
-    prompts: PromptStream[Prompt],
+    roles: Roles,
+    prompts: PromptStream[Prompt] | None,
     samples: PromptStream[TrainSample] | None,
-    recorder: Recorder,
+    held_out: Sequence[TrainSample],
 ) -> None:
-    """Run `max_steps` optimizer steps of `gkd.batch_size` samples each.
+    """Run `max_steps` optimizer steps of `gkd.batch_size` samples; evaluate before, after, and every `eval_steps`.
 
-    A step is on-policy with probability `gkd.lmbda`, which needs a `student`; others take `samples`. The trainer
-    knows the teacher. Engines are sent weights just before they sample with them.
+    A step is on-policy with probability `gkd.lmbda`: the student completes `prompts`, under weights that engines
+    are sent just before. Other steps take `samples`.
     """
+    roles.recorder.evaluation(0, (), evaluate(config, roles.trainer, held_out))
     for step in range(1, config.max_steps + 1):
         clock = Clock()
-        synced: Mapping[str, float] = {}
-        on_policy = is_on_policy(config, step)
-        if on_policy:
-            assert student is not None, "a run with on-policy steps has engines"
+        metrics: dict[str, float] = {"on_policy": float(is_on_policy(config, step))}
+        if is_on_policy(config, step):
+            assert roles.student is not None, "a run with on-policy steps has engines"
+            assert prompts is not None, "and prompts"
             with clock("sync"):
-                synced = student.weights.sync(step - 1)
+                metrics |= roles.student.weights.sync(step - 1)
             with clock("generate"):
                 requests = _requests(config, prompts.take(config.gkd.batch_size), step)
-                groups = sorted(student.sampler.generate(requests), key=_place)
-            recorder.rollouts(step, map(_unscored, groups))
+                groups = sorted(roles.student.sampler.generate(requests), key=_place)
+            roles.recorder.rollouts(step, map(_unscored, groups))
             taken = [sample for group in groups for sample in to_samples(group)]
         else:
             assert samples is not None, "a run with other steps has samples"
             taken = [_of_dataset(sample) for sample in samples.take(config.gkd.batch_size)]
         batch = pack(taken, config.trainer)
         with clock("train"):
-            result = trainer.step(batch)
-        times = clock.metrics()
-        recorder.step(
-            step,
-            {
-                "loss": result.loss,
-                "grad_norm": result.grad_norm,
-                "learning_rate": result.learning_rate,
-                "on_policy": float(on_policy),
-                "tokens_per_second": batch.num_loss_tokens / times["time/step"],
-                **result.metrics,
-                **synced,
-                **times,
-            },
-        )
+            result = roles.trainer.step(batch)
+        metrics |= {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
+        metrics |= dict(result.metrics) | clock.metrics()
+        metrics["tokens_per_second"] = batch.num_loss_tokens / metrics["time/step"]
+        roles.recorder.step(step, metrics)
         if config.saves_at(step):
-            trainer.save(step)
+            roles.trainer.save(step)
+        if step == config.max_steps or (config.eval_steps and step % config.eval_steps == 0):
+            roles.recorder.evaluation(step, (), evaluate(config, roles.trainer, held_out))
+
+
+def evaluate(config: RunConfig, trainer: Distiller, held_out: Sequence[TrainSample]) -> dict[str, float]:
+    """`eval/divergence`: the mean over all tokens of the held-out completions; nothing without any."""
+    if not held_out:
+        return {}
+    batch = pack(held_out, config.trainer)
+    total = sum(
+        float(np.sum(row * micro.loss_mask_T, dtype=np.float64))
+        for micros, rows in zip(batch.ranks, trainer.divergences(batch), strict=True)
+        for micro, row in zip(micros, rows, strict=True)
+    )
+    return {"eval/divergence": total / batch.num_loss_tokens}
 
 
 def is_on_policy(config: RunConfig, step: int) -> bool:
