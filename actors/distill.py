@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from actors.metrics import Console, RunRecorder, warn
 from actors.model_source import ModelSize, ModelSource, find_model, load_tokenizer, model_size, read_contents
 from actors.placement import Reservation
+from actors.teacher_server import TeacherServers
 from actors.trainer import TrainerGroup
 from actors.trainer_rank import Sources
 from algorithms import gkd
@@ -39,11 +40,15 @@ class Lessons:
     held_out: tuple[TrainSample, ...]
 
 
-def find_teacher(config: RunConfig, student: ModelSource) -> tuple[ModelSource, ModelSize]:
-    """The Megatron teacher and how much it is; it must fit the student's layout and use its tokenizer.
+def find_teacher(
+    config: RunConfig, student: ModelSource
+) -> tuple[ModelSource, ModelSize] | tuple[None, None]:
+    """The Megatron teacher, if it is one, and how much it is.
 
-    Raises ConfigError naming what does not.
+    Raises ConfigError when it does not fit the student's layout, or has not its tokenizer.
     """
+    if config.gkd.servers:
+        return None, None
     source = find_model(config.model.teacher_model, config.model.mcore_teacher_model, "model.teacher_model")
     family, spec = spec_of(source.directory)
     check_layout(spec, config.trainer)
@@ -52,6 +57,20 @@ def find_teacher(config: RunConfig, student: ModelSource) -> tuple[ModelSource, 
         check_tensors(family, spec, contents.tensors, source.directory, mtp=False)
     check_same_tokens(load_tokenizer(student.directory), load_tokenizer(source.directory), source.directory)
     return source, model_size(source, contents.tensors)
+
+
+def find_servers(config: RunConfig) -> TeacherServers | None:
+    """The teachers that are asked by URL, if they are. Raises ConfigError when one does not answer."""
+    settings = config.gkd
+    if not settings.servers:
+        return None
+    assert settings.gkd_logits_topk is not None, "checked with the config"
+    return TeacherServers(
+        settings.servers,
+        settings.gkd_logits_topk,
+        timeout_s=settings.teacher_timeout_s,
+        retries=settings.teacher_retries,
+    )
 
 
 def check_same_tokens(student: Any, teacher: Any, teacher_directory: Path) -> None:
@@ -77,10 +96,17 @@ def make_lessons(config: RunConfig, tokenizer: Any) -> Lessons:
     Raises ConfigError naming the row that is of no use.
     """
     data, settings = config.data, config.gkd
-    rows = read_rows(data, "train", config.seed)
+    rows, held_out = (read_rows(data, split, config.seed) for split in ("train", "eval"))
 
     def to_samples(rows: Sequence[Row]) -> tuple[TrainSample, ...]:
-        return tuple(make_sft_samples(rows, tokenizer, settings.max_length, data.system_prompt))
+        return tuple(
+            replace(sample, teacher=gkd.teacher_of(row.columns, config))
+            for row in rows
+            for sample in make_sft_samples([row], tokenizer, settings.max_length, data.system_prompt)
+        )
+
+    for row in [*rows, *held_out]:
+        _check_teacher(row, config)
 
     prompts: list[Prompt] = []
     if config.has_engines:
@@ -88,8 +114,17 @@ def make_lessons(config: RunConfig, tokenizer: Any) -> Lessons:
     return Lessons(
         prompts=tuple(prompts),
         samples=to_samples(rows) if settings.lmbda < 1 else (),
-        held_out=to_samples(read_rows(data, "eval", config.seed)),
+        held_out=to_samples(held_out),
     )
+
+
+def _check_teacher(row: Row, config: RunConfig) -> None:
+    column, servers = config.gkd.teacher_column, config.gkd.teacher_model_servers
+    if column is not None and str(row.columns.get(column)) not in servers:
+        raise ConfigError(
+            f"{row.place}: gkd.teacher_column {column} is {row.columns.get(column)!r} here; "
+            f"gkd.teacher_model_servers has {', '.join(servers)}"
+        )
 
 
 def without_answer(row: Row) -> Row:
@@ -103,10 +138,11 @@ def without_answer(row: Row) -> Row:
 def describe_lessons(config: RunConfig, sources: Sources, lessons: Lessons) -> list[str]:
     """The teacher and the data, line by line."""
     teacher, settings = sources.teacher, config.gkd
-    assert teacher is not None, "found while preparing"
+    servers = ", ".join(settings.servers.values())
+    place = f"{teacher.mcore or teacher.directory}, in the trainer ranks" if teacher else f"at {servers}"
     tokens = "whole vocabulary" if settings.gkd_logits_topk is None else f"{settings.gkd_logits_topk} tokens"
     return [
-        f"teacher: {teacher.mcore or teacher.directory}, in the trainer ranks, {tokens}",
+        f"teacher: {place}, {tokens}",
         f"data: {len(lessons.prompts)} prompts, {len(lessons.samples)} samples, {len(lessons.held_out)} held out",
         f"step: {settings.batch_size} samples, on-policy with probability {settings.lmbda:g}; beta "
         f"{settings.beta:g}",
@@ -128,9 +164,11 @@ def run_gkd(
     lessons = prepared.lessons
     assert lessons is not None, "prepared for gkd"
 
+    teacher = find_servers(config)
+
     def train(trainers: TrainerGroup, student: gkd.Student | None) -> None:
         console.line(f"the actors are up after {time.monotonic() - start:.1f}s")
-        roles = gkd.Roles(trainer=trainers, student=student, recorder=recorder)
+        roles = gkd.Roles(trainer=trainers, student=student, teacher=teacher, recorder=recorder)
         prompts, samples = _stream(config, lessons.prompts), _stream(config, lessons.samples)
         with recorder:
             gkd.train(config, roles, prompts, samples, lessons.held_out)

@@ -80,17 +80,6 @@ class MegatronTeacher:
             group=group,
         )
 
-    def divergences(
-        self, student: MegatronModel, micro_batches: Sequence[MicroBatch]
-    ) -> list[FloatRow] | None:
-        """Divergence of the student as it is at each token, float32 [T] each; None off the last stage."""
-
-        def finish(batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, FloatRow]:
-            return output.new_zeros(()), float_row(self.divergence(batch, output[0]).cpu().numpy())
-
-        self.look_at(micro_batches)
-        return student.evaluate(micro_batches, finish)
-
     def _topk(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         k = self._settings.gkd_logits_topk
         assert k is not None, "only asked for with it"
@@ -107,6 +96,46 @@ class MegatronTeacher:
         with torch.no_grad():
             logits, _ = chunk.output_layer(hidden, weight=weight)
         return logits[:, 0]
+
+
+class GivenTeacher:
+    """A teacher that was asked elsewhere: its likeliest tokens come with the micro-batches."""
+
+    def __init__(self, settings: GKDConfig, vocab_size: int) -> None:
+        """`vocab_size` is the student's."""
+        self._settings = settings
+        self._vocab_size = vocab_size
+
+    def look_at(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Nothing is left to do."""
+
+    def divergence(self, batch: MicroBatch, student_TV: torch.Tensor) -> torch.Tensor:
+        """As MegatronTeacher.divergence."""
+        return topk_divergence(
+            student_TV,
+            torch.tensor(batch.teacher_ids_TK, dtype=torch.int64, device=student_TV.device),
+            torch.tensor(batch.teacher_logprobs_TK, device=student_TV.device),
+            beta=self._settings.beta,
+            temperature=self._settings.divergence_temperature,
+            vocab_size=self._vocab_size,
+            group=tensor_parallel_group(),
+            tail=self._settings.gkd_topk_tail,
+        )
+
+
+Teacher = MegatronTeacher | GivenTeacher
+
+
+def divergences(
+    teacher: Teacher, student: MegatronModel, micro_batches: Sequence[MicroBatch]
+) -> list[FloatRow] | None:
+    """Divergence of the student as it is at each token, float32 [T] each; None off the last stage."""
+
+    def finish(batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, FloatRow]:
+        return output.new_zeros(()), float_row(teacher.divergence(batch, output[0]).cpu().numpy())
+
+    teacher.look_at(micro_batches)
+    return student.evaluate(micro_batches, finish)
 
 
 def _host_copies(

@@ -20,7 +20,7 @@ from configs.sizes import parse_size
 if TYPE_CHECKING:
     from actors.megatron_model import FrozenModel, MegatronModel
     from actors.megatron_setup import Device
-    from actors.megatron_teacher import MegatronTeacher
+    from actors.megatron_teacher import Teacher
     from bridge.adapter_bridge import AdapterBridge
     from bridge.model_bridge import ModelBridge
 
@@ -60,7 +60,7 @@ class TrainerRank:
         self._device = device
         self._model: MegatronModel
         self._reference: FrozenModel | None = None
-        self._teacher: MegatronTeacher | None = None
+        self._teacher: Teacher | None = None
         self._weights: ModelBridge
         self._adapters: AdapterBridge | None = None
         self._sources: Sources
@@ -98,7 +98,7 @@ class TrainerRank:
         self._model = MegatronModel(config, self._weights.spec, device=device, load=load, adapt=adapt)
         if sources.reference is not None:
             self._reference = self._load_frozen(sources.reference, sources.reference_adapter, warnings)
-        if sources.teacher is not None:
+        if config.algorithm == "gkd":
             self._teacher = self._load_teacher(sources.teacher, warnings)
         self._parameters, self._plan = self._what_is_synced()
         return Started(plan=self._plan if self._rank == 0 else None, warnings=tuple(warnings))
@@ -121,9 +121,11 @@ class TrainerRank:
             else partial(_adapt, adapter.bridge(bridge), adapter, self._config.seed, warnings),
         )
 
-    def _load_teacher(self, source: ModelSource, warnings: list[str]) -> "MegatronTeacher":
-        from actors.megatron_teacher import MegatronTeacher
+    def _load_teacher(self, source: ModelSource | None, warnings: list[str]) -> "Teacher":
+        from actors.megatron_teacher import GivenTeacher, MegatronTeacher
 
+        if source is None:
+            return GivenTeacher(self._config.gkd, self._weights.spec.vocab_size)
         frozen = self._load_frozen(source, None, warnings)
         return MegatronTeacher(frozen, self._config.gkd, self._weights.spec.vocab_size)
 
@@ -156,8 +158,10 @@ class TrainerRank:
 
     def divergences(self, micro_batches: Sequence[MicroBatch]) -> list[FloatRow] | None:
         """Divergence from the teacher at each token on the last pipeline stage, else None."""
+        from actors.megatron_teacher import divergences
+
         assert self._teacher is not None, "a run of gkd has a teacher"
-        return self._teacher.divergences(self._model, micro_batches)
+        return divergences(self._teacher, self._model, micro_batches)
 
     def entropies(self, micro_batches: Sequence[MicroBatch]) -> list[FloatRow] | None:
         """Entropies at the loss's temperature on the last pipeline stage, else None."""

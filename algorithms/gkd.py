@@ -1,8 +1,8 @@
 """Generalized knowledge distillation: completions, own or given -> train step towards the teacher."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,9 +18,9 @@ from algorithms.data import (
     float_row,
     int_row,
 )
-from algorithms.packing import pack
+from algorithms.packing import pack, with_top_tokens
 from algorithms.prompts import PromptStream
-from algorithms.roles import Recorder, Sampler, Trainer, WeightSync
+from algorithms.roles import Recorder, Sampler, TopTeacher, Trainer, WeightSync
 from configs.schema import RunConfig
 
 
@@ -42,10 +42,12 @@ class Student:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Roles:
-    """Everything the loop talks to. `student` is None in a run without on-policy steps."""
+    """Everything the loop talks to. `student` is None in a run without on-policy steps, `teacher` in one whose
+    trainer has the teacher."""
 
     trainer: Distiller
     student: Student | None
+    teacher: TopTeacher | None = None
     recorder: Recorder
 
 
@@ -61,7 +63,7 @@ def train(
     A step is on-policy with probability `gkd.lmbda`: the student completes `prompts`, under weights that engines
     are sent just before. Other steps take `samples`.
     """
-    roles.recorder.evaluation(0, (), evaluate(config, roles.trainer, held_out))
+    roles.recorder.evaluation(0, (), evaluate(config, roles, held_out))
     for step in range(1, config.max_steps + 1):
         clock = Clock()
         metrics: dict[str, float] = {"on_policy": float(is_on_policy(config, step))}
@@ -74,11 +76,16 @@ def train(
                 requests = _requests(config, prompts.take(config.gkd.batch_size), step)
                 groups = sorted(roles.student.sampler.generate(requests), key=_place)
             roles.recorder.rollouts(step, map(_unscored, groups))
-            taken = [sample for group in groups for sample in to_samples(group)]
+            taken = [
+                sample
+                for group in groups
+                for sample in to_samples(group, teacher_of(group.prompt.columns, config))
+            ]
         else:
             assert samples is not None, "a run with other steps has samples"
             taken = [_of_dataset(sample) for sample in samples.take(config.gkd.batch_size)]
-        batch = pack(taken, config.trainer)
+        with clock("teach"):
+            batch = _batch(config, roles, taken)
         with clock("train"):
             result = roles.trainer.step(batch)
         metrics |= {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
@@ -88,17 +95,22 @@ def train(
         if config.saves_at(step):
             roles.trainer.save(step)
         if step == config.max_steps or (config.eval_steps and step % config.eval_steps == 0):
-            roles.recorder.evaluation(step, (), evaluate(config, roles.trainer, held_out))
+            roles.recorder.evaluation(step, (), evaluate(config, roles, held_out))
 
 
-def evaluate(config: RunConfig, trainer: Distiller, held_out: Sequence[TrainSample]) -> dict[str, float]:
+def _batch(config: RunConfig, roles: Roles, samples: Sequence[TrainSample]) -> Batch:
+    batch = pack(samples, config.trainer)
+    return batch if roles.teacher is None else with_top_tokens(batch, roles.teacher.top_tokens(samples))
+
+
+def evaluate(config: RunConfig, roles: Roles, held_out: Sequence[TrainSample]) -> dict[str, float]:
     """`eval/divergence`: the mean over all tokens of the held-out completions; nothing without any."""
     if not held_out:
         return {}
-    batch = pack(held_out, config.trainer)
+    batch = _batch(config, roles, held_out)
     total = sum(
         float(np.sum(row * micro.loss_mask_T, dtype=np.float64))
-        for micros, rows in zip(batch.ranks, trainer.divergences(batch), strict=True)
+        for micros, rows in zip(batch.ranks, roles.trainer.divergences(batch), strict=True)
         for micro, row in zip(micros, rows, strict=True)
     )
     return {"eval/divergence": total / batch.num_loss_tokens}
@@ -110,7 +122,13 @@ def is_on_policy(config: RunConfig, step: int) -> bool:
     return bool(drawn < config.gkd.lmbda)
 
 
-def to_samples(group: Group) -> list[TrainSample]:
+def teacher_of(columns: Mapping[str, Any], config: RunConfig) -> str:
+    """Which teacher a row is for, by its column; "" where there is one."""
+    column = config.gkd.teacher_column
+    return "" if column is None else str(columns[column])
+
+
+def to_samples(group: Group, teacher: str = "") -> list[TrainSample]:
     """Completions of a prompt as sequences to train on, without those that were aborted."""
     prompt = group.prompt.tokens
     before = np.zeros(prompt.size, np.float32)
@@ -121,6 +139,7 @@ def to_samples(group: Group) -> list[TrainSample]:
             advantages=float_row(np.zeros(prompt.size + rollout.tokens.size)),
             logprobs=float_row(np.concatenate([before, rollout.logprobs])),
             version=rollout.versions[0],
+            teacher=teacher,
         )
         for rollout in group.rollouts
         if rollout.finish != "abort"
