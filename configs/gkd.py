@@ -92,7 +92,7 @@ def _contradictions(gkd: GKDConfig) -> Iterator[str]:
     if (gkd.teacher_column is None) != (not gkd.teacher_model_servers):
         yield "teacher_column: goes with gkd.teacher_model_servers; give both or none"
     if gkd.seq_kd:
-        yield "seq_kd: the teacher has no engine to write completions with; write them to a dataset beforehand"
+        yield "seq_kd: there is no teacher engine to write completions with; write them to a dataset beforehand"
     if gkd.gkd_topk_tail and gkd.gkd_logits_topk is None:
         yield "gkd_topk_tail: is the tail of gkd.gkd_logits_topk, which is not given"
     if gkd.gkd_topk_tail and gkd.divergence_temperature != 1:

@@ -1,6 +1,6 @@
 """The loop of gkd with fakes, and its loss by hand."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from algorithms.data import (
     SamplingSettings,
     Scored,
     StepResult,
+    TopTokens,
     TrainSample,
     float_row,
     int_row,
@@ -24,7 +25,7 @@ from algorithms.data import (
 from algorithms.losses import gkd_loss
 from algorithms.packing import pack
 from algorithms.prompts import PromptStream
-from algorithms.roles import Predictions
+from algorithms.roles import Predictions, TopTeacher
 from configs.gkd import GKDConfig
 from configs.schema import RunConfig, TrainerConfig
 
@@ -113,13 +114,19 @@ class Trainer:
         self.saved.append(step)
 
 
-def run(run_config: RunConfig, held_out: tuple[TrainSample, ...] = (), abort: bool = False) -> Everything:
+def run(
+    run_config: RunConfig,
+    held_out: tuple[TrainSample, ...] = (),
+    abort: bool = False,
+    teacher: TopTeacher | None = None,
+) -> Everything:
     everything = Everything(abort)
     prompts = [Prompt(id=str(n), tokens=int_row([1, n]), messages=(), columns={}) for n in range(4)]
     samples = [sample(1, 2, 3, 4)] * 4
     roles = gkd.Roles(
         trainer=Trainer(everything),  # pyright: ignore[reportArgumentType]
         student=gkd.Student(sampler=everything, weights=everything),
+        teacher=teacher,
         recorder=everything,
     )
     gkd.train(
@@ -193,7 +200,7 @@ def test_loss_by_hand() -> None:
             {"gkd_logits_topk": 4, "gkd_topk_tail": True, "temperature": 0.9, "loss_temperature": "same"},
             "at temperature 0.9 does not follow from k tokens",
         ),
-        ({"seq_kd": True}, "gkd.seq_kd: the teacher has no engine to write completions with"),
+        ({"seq_kd": True}, "gkd.seq_kd: there is no teacher engine to write completions with"),
     ],
 )
 def test_options_that_contradict_each_other_are_named(settings: dict[str, object], complaint: str) -> None:
@@ -204,3 +211,34 @@ def test_options_that_contradict_each_other_are_named(settings: dict[str, object
 def test_a_teacher_is_needed() -> None:
     with pytest.raises(ValidationError, match=r"model\.teacher_model: gkd needs a teacher"):
         RunConfig.model_validate({"algorithm": "gkd", "model": {"model": "m"}, "data": {"dataset": "d"}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"teacher_model_server": "http://h"}, "gkd needs a teacher in one place, there are 2"),
+        ({"teacher_column": "domain"}, "teacher_column: goes with gkd.teacher_model_servers"),
+    ],
+)
+def test_teachers_in_two_places_are_refused(settings: dict[str, object], complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        config(**settings)
+
+
+def test_a_teacher_elsewhere_is_asked_about_what_is_trained() -> None:
+    class Asked:
+        def top_tokens(self, samples: Sequence[TrainSample]) -> list[TopTokens]:
+            return [
+                TopTokens(
+                    ids=int_row(sample.tokens[:, None]),
+                    logprobs=float_row(np.full((sample.tokens.size, 1), -0.5)),
+                )
+                for sample in samples
+            ]
+
+    everything = run(config(lmbda=1), teacher=Asked())
+    for batch in everything.batches:
+        for micro in batch.ranks[0]:
+            assert micro.teacher_ids_TK is not None
+            trained = micro.loss_mask_T > 0
+            assert np.array_equal(micro.teacher_ids_TK[trained, 0], micro.labels_T[trained])
