@@ -142,8 +142,8 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> int:
     from actors.run import describe, prepare
 
     prepared = prepare(config)
-    print(dump_config(config))
-    for line in describe(config, prepared):
+    print(dump_config(prepared.config))
+    for line in describe(prepared):
         print(line)
     return 0
 

@@ -13,8 +13,9 @@ from actors.teacher_server import TeacherServers
 from actors.trainer import TrainerGroup
 from actors.trainer_rank import Sources
 from algorithms import gkd
+from algorithms.conversations import make_prompts, make_sft_samples
 from algorithms.data import Prompt, TrainSample
-from algorithms.datasets import Row, make_prompts, make_sft_samples, read_rows
+from algorithms.datasets import Row, read_rows
 from algorithms.prompts import PromptStream
 from bridge.families import spec_of
 from bridge.fit import check_layout
@@ -99,10 +100,16 @@ def make_lessons(config: RunConfig, tokenizer: Any) -> Lessons:
     rows, held_out = (read_rows(data, split, config.seed) for split in ("train", "eval"))
 
     def to_samples(rows: Sequence[Row]) -> tuple[TrainSample, ...]:
+        names = [gkd.teacher_of(row.columns, config) for row in rows]
         return tuple(
-            replace(sample, teacher=gkd.teacher_of(row.columns, config))
-            for row in rows
-            for sample in make_sft_samples([row], tokenizer, settings.max_length, data.system_prompt)
+            replace(sample, teacher=name)
+            for name in dict.fromkeys(names)
+            for sample in make_sft_samples(
+                [row for row, its in zip(rows, names, strict=True) if its == name],
+                tokenizer,
+                config.sft,
+                data,
+            ).kept
         )
 
     for row in [*rows, *held_out]:

@@ -216,6 +216,7 @@ class MegatronModel:
             use_distributed_optimizer=run.trainer.use_distributed_optimizer,
             overlap_grad_reduce=False,
         )
+        _let_gradients_begin(self.chunks, config)
         self._wrapped = [DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks]
         # Declared as its base class; it is a ChainedOptimizer.
         self.optimizer: Any = get_megatron_optimizer(optimizer_config(run), list(self._wrapped))
@@ -313,6 +314,15 @@ class MegatronModel:
 
     def _learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
+
+
+def _let_gradients_begin(chunks: Sequence[GPTModel], config: TransformerConfig) -> None:
+    """Ask for a gradient of frozen embeddings: a recomputed layer has one only where its input does."""
+    if config.recompute_granularity != "full":
+        return
+    for chunk in chunks:
+        if chunk.pre_process and not any(p.requires_grad for p in chunk.embedding.parameters()):
+            chunk.embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
 
 
 def _finalize_gradients(model: list[torch.nn.Module], num_tokens: torch.Tensor, **groups: Any) -> None:

@@ -32,7 +32,7 @@ from bridge.layouts import padded_vocabulary
 from bridge.plan import TORCH_DTYPES
 from bridge.rules import MegatronSpec
 from configs.errors import BasculeError
-from configs.schema import LayoutConfig, RunConfig
+from configs.schema import LayoutConfig, RunConfig, TrainerConfig
 
 Device = Literal["cpu", "cuda"]
 
@@ -138,6 +138,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         use_cpu_initialization=device == "cpu",
         perform_initialization=False,
+        **_recompute_options(layout),
     )
     # Megatron has no fields for these; its attention and GPTModel read them from the configuration.
     for name, value in (spec.yarn or {}).items():
@@ -162,6 +163,19 @@ def _parallel_options(layout: LayoutConfig) -> dict[str, Any]:
         # The interleaved schedule computes wrong numbers over gloo with the defaults (False, True).
         "overlap_p2p_comm": chunks is not None,
         "batch_p2p_comm": chunks is None,
+    }
+
+
+def _recompute_options(layout: LayoutConfig) -> dict[str, Any]:
+    """What a trained model computes again; one that is only evaluated keeps nothing."""
+    if not isinstance(layout, TrainerConfig) or layout.recompute_granularity is None:
+        return {}
+    if layout.recompute_granularity == "selective":
+        return {"recompute_granularity": "selective"}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": layout.recompute_num_layers,
     }
 
 
@@ -290,7 +304,7 @@ def scheduler(optimizer: Any, run: RunConfig) -> OptimizerParamScheduler:
         init_lr=0.0,
         max_lr=trainer.lr,
         min_lr=trainer.min_lr,
-        lr_warmup_steps=trainer.lr_warmup_iters,
+        lr_warmup_steps=run.lr_warmup_steps,
         lr_decay_steps=run.optimizer_steps,
         lr_decay_style=trainer.lr_decay_style,
         start_wd=trainer.weight_decay,

@@ -107,7 +107,7 @@ class RunRecorder:
 
         for name in ("tensorboard", "checkpoint"):
             shutil.rmtree(self._directory / name, ignore_errors=True)
-        for name in ("result.json", "curve.png"):
+        for name in ("result.json", "curve.png", "last", "best"):
             (self._directory / name).unlink(missing_ok=True)
         self._metrics = (self._directory / "metrics.jsonl").open("w")
         self._rollouts = (self._directory / "rollouts.jsonl").open("w")
@@ -126,8 +126,8 @@ class RunRecorder:
 
 
 def headline(evaluation: Mapping[str, float]) -> str:
-    """What an evaluation is told by, without `eval/`: rewards give an accuracy, a teacher a divergence."""
-    return "accuracy" if "eval/accuracy" in evaluation else "divergence"
+    """What an evaluation is about, without `eval/`: accuracy of rewards, divergence from a teacher, or loss (sft)."""
+    return next(name for name in ("accuracy", "divergence", "loss") if f"eval/{name}" in evaluation)
 
 
 def finite_or_none(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def finite_or_none(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plot_curve(recorder: RunRecorder, path: Path) -> None:
-    """A PNG of the mean reward by step (the loss, for sft), and of held-out accuracy where measured."""
+    """A PNG of the mean reward by step (the loss, for sft), and of what was held out, where measured."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -152,7 +152,8 @@ def plot_curve(recorder: RunRecorder, path: Path) -> None:
     if recorder.evaluations:
         measure = headline(recorder.evaluations[0])
         points = [(row["step"], row[f"eval/{measure}"]) for row in recorder.evaluations]
-        axes.plot(*zip(*points, strict=True), "o--", label=f"held-out {measure}")
+        label = "held-out accuracy (greedy)" if measure == "accuracy" else f"held-out {measure}"
+        axes.plot(*zip(*points, strict=True), "o--", label=label)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

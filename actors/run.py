@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from actors.adapter_source import AdapterSource, find_adapter, read_adapter
+from actors.adapter_source import find_adapter, read_adapter
 from actors.cluster import connect
 from actors.distill import Lessons, describe_lessons, find_teacher, make_lessons, run_gkd
 from actors.engine_support import check_adapter_modules, check_engines, check_not_quantized
@@ -25,26 +25,31 @@ from actors.placement import Bundle, Reservation, bundles_of, reserve
 from actors.trainer import TrainerGroup
 from actors.trainer_rank import MERGED, Sources
 from algorithms import grpo, sft
-from algorithms.data import Prompt, TrainSample
-from algorithms.datasets import make_prompts, make_sft_samples, read_rows
+from algorithms.conversations import Samples, make_prompts, make_sft_samples
+from algorithms.data import Prompt
+from algorithms.datasets import read_rows
+from algorithms.formula import doubts, loss_line
 from algorithms.prompts import PromptStream
 from algorithms.rewards.loading import Reward, check_arguments, load_rewards
 from algorithms.roles import Roles
 from bridge.families import read_hf_config, spec_of
 from bridge.fit import check_layout
+from bridge.frozen import frozen_parameters
 from bridge.model_bridge import ModelBridge
 from bridge.parameters import check_tensors
 from bridge.partial_directory import check_replaceable
 from bridge.rules import MegatronSpec
 from configs.errors import BasculeError, ConfigError
 from configs.load import dump_config
-from configs.schema import RunConfig
+from configs.schema import RunConfig, with_steps_of_epochs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
     """A run that has passed every check that needs no cluster."""
 
+    config: RunConfig
+    """With the number of steps that the data tell."""
     sources: Sources
     spec: MegatronSpec
     num_parameters: int
@@ -52,7 +57,8 @@ class Prepared:
     bundles: tuple[Bundle, ...]
     prompts: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...]
-    samples: tuple[TrainSample, ...]
+    samples: Samples
+    held_out_samples: Samples
     rewards: tuple[Reward, ...]
     lessons: Lessons | None
     """Of gkd."""
@@ -70,7 +76,9 @@ def prepare(config: RunConfig) -> Prepared:
     source = find_model(config.model.model, config.model.mcore_model, "model.model")
     spec, contents = _check_model(source, config, has_engines=has_engines)
     adapter = find_adapter(config.tuner, ModelBridge(source.directory, contents.tensors))
-    sources = Sources(model=source, adapter=adapter)
+    family, _ = spec_of(source.directory)
+    frozen = frozen_parameters(family, spec, contents.tensors, config.trainer.freeze)
+    sources = Sources(model=source, adapter=adapter, frozen=frozen)
     if has_engines and adapter is not None and config.rollout.vllm_enable_lora:
         check_adapter_modules(read_hf_config(source.directory), sorted(adapter.modules), device)
     if is_grpo:
@@ -81,16 +89,19 @@ def prepare(config: RunConfig) -> Prepared:
     if config.algorithm == "gkd":
         found, teacher = find_teacher(config, source)
         sources, lessons = replace(sources, teacher=found), make_lessons(config, tokenizer)
-    rows = [] if lessons else read_rows(config.data, "train", config.seed)
+    rows, held_out_rows = (
+        [] if lessons else read_rows(config.data, split, config.seed) for split in ("train", "eval")
+    )
     prompts = (
-        list(lessons.prompts) if lessons else make_prompts(rows, tokenizer, config.data) if is_grpo else []
+        make_prompts(rows, tokenizer, config.data) if is_grpo else list(lessons.prompts if lessons else ())
     )
-    held_out: list[Prompt] = []
-    if is_grpo and (config.data.eval_dataset or config.data.dataset.startswith("reasoning_gym:")):
-        held_out = make_prompts(read_rows(config.data, "eval", config.seed), tokenizer, config.data)
-    samples = (
-        [] if is_grpo else make_sft_samples(rows, tokenizer, config.sft.max_length, config.data.system_prompt)
+    held_out = make_prompts(held_out_rows, tokenizer, config.data) if is_grpo else []
+    samples, held_out_samples = (
+        make_sft_samples([] if is_grpo else part, tokenizer, config.sft, config.data)
+        for part in (rows, held_out_rows)
     )
+    if config.algorithm == "sft":
+        config = with_steps_of_epochs(config, len(samples.kept))
     rewards = load_rewards(config.rewards) if is_grpo else ()
     for prompt in [*prompts, *held_out]:
         _check_length(prompt, config, spec)
@@ -99,6 +110,7 @@ def prepare(config: RunConfig) -> Prepared:
         for reward in rewards:
             check_arguments(reward, columns)
     return Prepared(
+        config=config,
         sources=sources,
         spec=spec,
         num_parameters=size.num_parameters,
@@ -106,7 +118,8 @@ def prepare(config: RunConfig) -> Prepared:
         bundles=bundles_of(config, size, device, teacher),
         prompts=tuple(prompts),
         held_out=tuple(held_out),
-        samples=tuple(samples),
+        samples=samples,
+        held_out_samples=held_out_samples,
         rewards=tuple(rewards),
         lessons=lessons,
     )
@@ -182,6 +195,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     """
     started = time.monotonic()
     prepared = prepare(config)
+    config = prepared.config
     directory = _make_directory(config, prepared)
     console.line(f"run directory: {directory}")
     recorder = RunRecorder(directory, config.max_steps, console)
@@ -205,8 +219,10 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     if recorder.evaluations:
         first, last = recorder.evaluations[0], recorder.evaluations[-1]
         name = headline(first)
-        held_out = {f"{name}_before": first[f"eval/{name}"], f"{name}_after": last[f"eval/{name}"]}
-        result = finite_or_none(held_out | result)
+        measured = {f"{name}_before": first[f"eval/{name}"], f"{name}_after": last[f"eval/{name}"]}
+        if name == "loss":
+            measured["loss_best"] = last["eval/best_loss"]
+        result = finite_or_none(measured | result)
     (directory / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
 
@@ -255,9 +271,11 @@ def _run_sft(
     trainers = TrainerGroup(config, reservation, prepared.device, prepared.sources, directory)
     warn(trainers.warnings, console)
     console.line(f"trainers are up after {time.monotonic() - start:.1f}s")
-    samples = PromptStream(prepared.samples, seed=config.seed, shuffle=config.data.shuffle)
+    if prepared.samples.truncated or prepared.samples.dropped:
+        console.line(f"data: {prepared.samples.describe()}")
+    samples = PromptStream(prepared.samples.kept, seed=config.seed, shuffle=config.data.shuffle)
     with recorder:
-        sft.train(config, trainers, samples, recorder)
+        sft.train(config, trainers, samples, prepared.held_out_samples.kept, recorder)
     trainers.save_last()
 
 
@@ -325,22 +343,24 @@ def _make_directory(config: RunConfig, prepared: Prepared) -> Path:
     return directory
 
 
-def _adapter_lines(adapter: AdapterSource | None) -> list[str]:
+def _trained_lines(prepared: Prepared) -> list[str]:
+    adapter, freeze = prepared.sources.adapter, prepared.config.trainer.freeze
     if adapter is None:
-        return []
+        return [f"trained: all parameters but {', '.join(freeze)}"] if freeze else []
     start = "new" if adapter.is_new else f"from {adapter.mcore or adapter.directory}"
     return [f"trained: LoRA adapters of {len(adapter.modules)} modules, rank {adapter.config.r}, {start}"]
 
 
-def describe(config: RunConfig, prepared: Prepared) -> Sequence[str]:
+def describe(prepared: Prepared) -> Sequence[str]:
     """What the run would start and where, line by line."""
     from actors.placement import describe as describe_bundles
 
+    config = prepared.config
     trainer, source = config.trainer, prepared.sources.model
     lines = [
         f"model: {source.mcore or source.directory} ({prepared.spec.num_layers} layers, "
         f"{prepared.num_parameters / 1e6:.1f} M parameters), device {prepared.device}",
-        *_adapter_lines(prepared.sources.adapter),
+        *_trained_lines(prepared),
         f"trainer: {trainer.world_size} ranks = tensor {trainer.tensor_model_parallel_size} x pipeline "
         f"{trainer.pipeline_model_parallel_size} x data {trainer.data_parallel_size}",
     ]
@@ -349,11 +369,17 @@ def describe(config: RunConfig, prepared: Prepared) -> Sequence[str]:
         lines += [
             f"data: {len(prepared.prompts)} prompts, {len(prepared.held_out)} held out",
             f"step: {settings.prompts_per_step} prompts x {settings.num_generations} completions, "
-            f"{settings.steps_per_generation} optimizer step(s)",
+            f"{settings.optimizer_steps} optimizer step(s)",
+            f"loss: {loss_line(settings)}",
+            *(f"doubtful: {doubt}" for doubt in doubts(settings, len(prepared.rewards))),
             *(f"reward: {reward.name}, weight {reward.weight:g}" for reward in prepared.rewards),
         ]
     elif prepared.lessons is not None:
         lines += describe_lessons(config, prepared.sources, prepared.lessons)
     else:
-        lines.append(f"data: {len(prepared.samples)} samples, {config.sft.batch_size} per step")
+        held_out = prepared.held_out_samples
+        lines += [
+            f"data: {prepared.samples.describe()}, {config.sft.batch_size} per step, {config.max_steps} steps",
+            *([f"held out: {held_out.describe()}"] if held_out.kept else []),
+        ]
     return [*lines, "actors, reserved together in one placement group:", describe_bundles(prepared.bundles)]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from actors import deadline
+from actors.checkpoint_links import CheckpointLinks
 from actors.placement import Reservation
 from actors.ranks import start_ranks
 from actors.trainer_rank import Sources, Started, TrainerRank
@@ -27,6 +28,7 @@ class TrainerGroup:
         """Start the ranks and load the weights, within cluster.start_timeout_s. Saves go under `directory`."""
         self._config = config
         self._directory = directory
+        self._links = CheckpointLinks(directory)
         self.size = config.trainer.world_size
         self._names = [f"trainer rank {rank}" for rank in range(self.size)]
         self.ranks = start_ranks(TrainerRank, reservation, "trainer", self.size, (config, device))
@@ -108,13 +110,20 @@ class TrainerGroup:
         return self._names
 
     def save(self, step: int) -> None:
-        """Write `checkpoint-STEP` into the run directory."""
-        self._save(self._directory / f"checkpoint-{step}", step)
+        """Write `checkpoint-STEP` into the run directory, and link `last` to it."""
+        directory = self._directory / f"checkpoint-{step}"
+        self._save(directory, step)
+        self._links.saved(step, directory)
+
+    def rate(self, step: int, score: float) -> None:
+        """Remember how good the weights of this step are; `best` links to the best checkpoint."""
+        self._links.rated(step, score)
 
     def save_last(self) -> Path:
         """Write `checkpoint`, the end of the run; returns its path."""
         directory = self._directory / "checkpoint"
         self._save(directory, self._config.optimizer_steps)
+        self._links.saved(self._config.max_steps, directory)
         return directory
 
     def _save(self, directory: Path, iteration: int) -> None:

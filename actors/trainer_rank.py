@@ -1,6 +1,6 @@
 """Trainer ranks: Ray actors that each host one Megatron rank."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,8 @@ class Sources:
     """Of a model of its own; without one the reference of a run with an adapter is the model without it."""
     reference_adapter: AdapterSource | None = None
     teacher: ModelSource | None = None
+    frozen: frozenset[str] = frozenset()
+    """Global names of parameters that are not trained (bridge.frozen)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +92,7 @@ class TrainerRank:
         self._sources = sources
         self._weights = ModelBridge(source.directory, tensors_of(source))
         warnings: list[str] = []
-        adapt = None
+        adapt = partial(freeze, sources.frozen) if sources.frozen else None
         if sources.adapter is not None:
             self._adapters = sources.adapter.bridge(self._weights)
             adapt = partial(_adapt, self._adapters, sources.adapter, config.seed, warnings)
@@ -259,6 +261,15 @@ def _load(bridge: "ModelBridge", source: ModelSource, warnings: list[str], chunk
         found = bridge.not_finite(chunks)
     if found:
         warnings.append(f"{source.mcore or source.directory}: NaN or infinities in {', '.join(found)}")
+
+
+def freeze(frozen: Collection[str], chunks: list[Any]) -> None:
+    """Take these parameters (global names) of the bare chunks out of training: no gradient, no optimizer state."""
+    from bridge.megatron import named_parameters
+
+    for name, parameter in named_parameters(chunks).items():
+        if name in frozen:
+            parameter.requires_grad_(False)
 
 
 def _adapt(

@@ -22,9 +22,16 @@ def train(config: RunConfig, roles: Roles, prompts: PromptStream[Prompt], held_o
     Raises BasculeError after `grpo.max_empty_steps` steps in a row without a group that has a signal.
     """
     version = empty = 0
+
+    def evaluate_at(step: int) -> None:
+        scored, metrics = evaluate(roles.sampler, roles.judge, held_out, config.grpo)
+        roles.recorder.evaluation(step, scored, metrics)
+        if metrics:
+            roles.trainer.rate(step, metrics["eval/accuracy"])
+
     rollouts = Rollouts(config, roles.sampler, roles.judge, prompts)
     roles.weights.sync(version)
-    roles.recorder.evaluation(0, *evaluate(roles.sampler, roles.judge, held_out, config.grpo))
+    evaluate_at(0)
     for step in range(1, config.max_steps + 1):
         clock = Clock()
         synced: Mapping[str, float] = {}
@@ -54,7 +61,7 @@ def train(config: RunConfig, roles: Roles, prompts: PromptStream[Prompt], held_o
         if config.saves_at(step):
             roles.trainer.save(step)
         if step == config.max_steps or (config.eval_steps and step % config.eval_steps == 0):
-            roles.recorder.evaluation(step, *evaluate(roles.sampler, roles.judge, held_out, config.grpo))
+            evaluate_at(step)
 
 
 def _optimize(config: RunConfig, trainer: Trainer, samples: Sequence[TrainSample]) -> Iterator[StepResult]:

@@ -65,6 +65,10 @@ class Trainer(Protocol):
         """Write a checkpoint of this step."""
         ...
 
+    def rate(self, step: int, score: float) -> None:
+        """How good the weights of this step are, the more the better; the best checkpoint is marked."""
+        ...
+
 
 class TopTeacher(Protocol):
     """A teacher that is asked for its likeliest tokens, wherever it runs."""

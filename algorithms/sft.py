@@ -1,5 +1,9 @@
 """Supervised fine-tuning: samples -> train step. The same trainer as GRPO, no engines."""
 
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
 from algorithms.clock import Clock
 from algorithms.data import TrainSample
 from algorithms.packing import pack
@@ -9,9 +13,14 @@ from configs.schema import RunConfig
 
 
 def train(
-    config: RunConfig, trainer: Trainer, samples: PromptStream[TrainSample], recorder: Recorder
+    config: RunConfig,
+    trainer: Trainer,
+    samples: PromptStream[TrainSample],
+    held_out: Sequence[TrainSample],
+    recorder: Recorder,
 ) -> None:
-    """Run `max_steps` optimizer steps of `sft.batch_size` samples each."""
+    """Run `max_steps` optimizer steps of `sft.batch_size` samples; evaluate before, after, every `eval_steps`."""
+    best = _evaluate(config, trainer, held_out, recorder, 0, float("inf"))
     for step in range(1, config.max_steps + 1):
         clock = Clock()
         batch = pack(samples.take(config.sft.batch_size), config.trainer)
@@ -31,3 +40,35 @@ def train(
         )
         if config.saves_at(step):
             trainer.save(step)
+        if step == config.max_steps or (config.eval_steps and step % config.eval_steps == 0):
+            best = _evaluate(config, trainer, held_out, recorder, step, best)
+
+
+def evaluate(config: RunConfig, trainer: Trainer, held_out: Sequence[TrainSample]) -> Mapping[str, float]:
+    """`eval/loss`: the cross-entropy per loss token of all held-out samples; nothing without any."""
+    total, count, size = 0.0, 0, config.sft.batch_size
+    for first in range(0, len(held_out), size):
+        batch = pack(held_out[first : first + size], config.trainer)
+        for micros, rows in zip(batch.ranks, trainer.logprobs(batch), strict=True):
+            for micro, logprobs_T in zip(micros, rows, strict=True):
+                total -= float(logprobs_T[micro.loss_mask_T > 0].sum(dtype=np.float64))
+        count += batch.num_loss_tokens
+    return {"eval/loss": total / count, "eval/num_tokens": float(count)} if count else {}
+
+
+def _evaluate(
+    config: RunConfig,
+    trainer: Trainer,
+    held_out: Sequence[TrainSample],
+    recorder: Recorder,
+    step: int,
+    best: float,
+) -> float:
+    """Record an evaluation; returns the lowest loss so far."""
+    metrics = evaluate(config, trainer, held_out)
+    if not metrics:
+        return best
+    best = min(best, metrics["eval/loss"])
+    recorder.evaluation(step, (), {**metrics, "eval/best_loss": best})
+    trainer.rate(step, -metrics["eval/loss"])
+    return best

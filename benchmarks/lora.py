@@ -35,7 +35,7 @@ def measure(model: str, kind: str, rank: int, tokens: int, steps: int) -> dict[s
         model=ModelConfig(model=model),
         trainer=TrainerConfig(lr=1e-5),
         tuner=TunerConfig.model_validate(lora),
-        data=DataConfig(dataset="none"),
+        data=DataConfig(dataset=("none",)),
     )
     start_megatron(run.trainer, device="cpu")
     from actors.megatron_model import MegatronModel

@@ -191,7 +191,7 @@ def claim_pieces(
         if not matches:
             wrong.append(f"Megatron parameter {name} has no rule")
             continue
-        match = _choose(matches, tensors)
+        match = chosen_rule(matches, tensors)
         read.update(match.hf_names)
         layout, shard, problem = layout_for(spec, name, match, parameter, place)
         full = layout.shapes(tuple(parameter.shape), shard)
@@ -219,7 +219,8 @@ def claim_pieces(
     return Claims(pieces=tuple(pieces), shapes=shapes, full_precision=frozenset(full_precision))
 
 
-def _choose(matches: Sequence[Match], tensors: Mapping[str, TensorInfo] | None) -> Match:
+def chosen_rule(matches: Sequence[Match], tensors: Mapping[str, TensorInfo] | None) -> Match:
+    """The first alternative whose tensors are all there; the first one where that is not known."""
     if tensors is not None and len(matches) > 1:
         for match in matches:
             if all(name in tensors for name in match.hf_names):

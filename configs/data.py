@@ -1,21 +1,25 @@
 """Options of where prompts and samples come from."""
 
+from typing import Literal
+
 from pydantic import Field
 
-from configs.section import Section
+from configs.section import Names, Section
 
 
 class DataConfig(Section):
-    """Where prompts come from."""
+    """Where prompts and samples come from."""
 
-    dataset: str = Field(min_length=1)
-    """A JSONL file with `prompt` or `messages`, or `reasoning_gym:NAME`."""
-    eval_dataset: str | None = None
-    """Held-out prompts, in the same forms."""
+    dataset: Names = Field(min_length=1)
+    """Files, directories of `Dataset.save_to_disk`, `reasoning_gym:NAME`; with `#500` as many rows of it."""
+    eval_dataset: Names = ()
+    """Held-out rows, in the same forms."""
+    split_dataset_ratio: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each dataset that is held out instead of trained on, where there is no eval_dataset."""
     dataset_size: int = Field(default=1000, ge=1)
     """Rows to draw when the dataset is generated (`reasoning_gym:`)."""
     eval_size: int = Field(default=100, ge=1)
-    """Held-out rows at most."""
+    """Held-out rows at most, of eval_dataset or generated."""
     dataset_kwargs: dict[str, str | int | float | bool] = Field(default={})
     """Arguments of a generated dataset, for example the difficulty of a reasoning-gym task."""
     system_prompt: str | None = None
@@ -24,3 +28,13 @@ class DataConfig(Section):
     """Draw prompts in a new random order in every epoch."""
     max_prompt_length: int | None = Field(default=None, ge=1)
     """Longer prompts, in tokens, are an error that names the row."""
+    loss_on: Literal["all_assistant", "last_assistant"] = "all_assistant"
+    """Which turns of a conversation sft trains on: all of the assistant's, or the last one."""
+
+
+def check_data(data: DataConfig) -> None:
+    """Raises ValueError naming the option that contradicts another."""
+    if data.split_dataset_ratio and data.eval_dataset:
+        raise ValueError(
+            "data.split_dataset_ratio: is not used with data.eval_dataset; leave one of them out"
+        )

@@ -32,8 +32,6 @@ class GKDConfig(Section):
     """Strings that end a completion."""
     max_completion_length: int = Field(default=512, ge=1)
     """Longest sampled completion in tokens; longer ones are cut."""
-    max_length: int = Field(default=1024, ge=2)
-    """Longest dataset sample in tokens; longer ones are an error that names the row."""
     seq_kd: bool = False
     """Take the teacher's own completions of the dataset's prompts in place of the dataset's completions."""
     sft_alpha: float = Field(default=0.0, ge=0)

@@ -184,10 +184,12 @@ def _parse_value(key: str, text: str | None, option: Option, place: Sequence[str
             return True
         raise ConfigError(f"command line: --{key} needs a value, {type_text(option.annotation)}")
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    plain = (str in kinds or Path in kinds) and get_origin(option.annotation) is not dict
-    if plain and not quoted and (get_origin(option.annotation) is not tuple or len(place) > len(option.path)):
+    kind = get_origin(option.annotation)
+    plain = kind is not dict and any(str in (each, *get_args(each)) or each is Path for each in kinds)
+    is_list = kind is tuple and len(place) == len(option.path) and text.startswith("[")
+    if plain and not quoted and not is_list:
         # Text is taken as typed: `Think: then answer` is no mapping and `2026` is no number.
-        return None if text in ("null", "~") and NoneType in kinds else text
+        return None if text in ("null", "~") and (NoneType in kinds or kind is tuple) else text
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:

@@ -167,7 +167,8 @@ def type_text(annotation: Any) -> str:
         return f"{{NAME: {type_text(kinds[1])}}}"
     if get_origin(annotation) is tuple:
         return f"[{type_text(kinds[0])}, ...]"
-    return "|".join(type_text(kind) for kind in kinds)
+    # What comes with a type in Annotated is no type itself.
+    return "|".join(filter(None, map(type_text, kinds)))
 
 
 def _describe(option: Option) -> str:

@@ -1,14 +1,16 @@
 """Every option of a run, once. Imports pydantic only, so a config parses without torch."""
 
+from math import ceil
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from configs.data import DataConfig
+from configs.data import DataConfig, check_data
+from configs.errors import ConfigError
 from configs.gkd import GKDConfig, check_gkd
 from configs.grpo import GRPOConfig, check_grpo
-from configs.section import Section
+from configs.section import Names, Section
 from configs.sft import SFTConfig
 from configs.sizes import ShardSize
 from configs.tuner import TunerConfig, check_tuner
@@ -85,6 +87,10 @@ class TrainerConfig(LayoutConfig):
     """Tokens packed into one micro-batch, in place of a number of samples. Does not change the gradient."""
     packing: bool = True
     """Put samples side by side; `false` pads each to the longest. Does not change the gradient."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Compute again in the backward pass what would be kept: whole layers, or only attention (Megatron's)."""
+    recompute_num_layers: int = Field(default=1, ge=1)
+    """With `full`: layers between two activations that are kept."""
     lr: float = Field(default=1e-6, gt=0)
     """Peak learning rate."""
     min_lr: float = Field(default=0.0, ge=0)
@@ -93,6 +99,8 @@ class TrainerConfig(LayoutConfig):
     """Shape of the schedule after the warm-up."""
     lr_warmup_iters: int = Field(default=0, ge=0)
     """Optimizer steps from zero to the peak learning rate; the rate of the first one is zero, as in Megatron."""
+    lr_warmup_fraction: float | None = Field(default=None, ge=0, lt=1)
+    """The same as a share of the run's optimizer steps, rounded up; in place of lr_warmup_iters."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay, on matrices only."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -105,6 +113,8 @@ class TrainerConfig(LayoutConfig):
     """Largest norm of the gradient over all ranks; 0 turns clipping off."""
     use_distributed_optimizer: bool = True
     """Split the optimizer state over the data-parallel ranks."""
+    freeze: Names = ()
+    """Parameters that are not trained: patterns (`*`, `?`, `[0-9]`) of whole Hugging Face names."""
 
 
 class RolloutConfig(Section):
@@ -212,7 +222,7 @@ class RunConfig(Section):
     seed: int = Field(default=42, ge=0)
     """Seed of data order, sampling and initialisation."""
     max_steps: int = Field(default=100, ge=1)
-    """Generation steps (grpo) or optimizer steps (gkd, sft)."""
+    """Generation steps (grpo) or optimizer steps (gkd; sft, unless sft.num_train_epochs decides)."""
     eval_steps: int = Field(default=0, ge=0)
     """Evaluate every this many steps, besides before and after; 0 for only those."""
     model: ModelConfig
@@ -254,6 +264,12 @@ class RunConfig(Section):
         """Optimizer steps of the whole run, for the learning-rate schedule."""
         return self.max_steps * (self.grpo.optimizer_steps if self.algorithm == "grpo" else 1)
 
+    @property
+    def lr_warmup_steps(self) -> int:
+        """Optimizer steps of the warm-up."""
+        fraction = self.trainer.lr_warmup_fraction
+        return self.trainer.lr_warmup_iters if fraction is None else ceil(fraction * self.optimizer_steps)
+
     def saves_at(self, step: int) -> bool:
         """Whether `checkpoint-STEP` is due after this step; the last one is saved as `checkpoint` anyway."""
         every = self.checkpoint.save_steps
@@ -274,6 +290,7 @@ class RunConfig(Section):
         if self.algorithm == "gkd":
             teachers = (self.model.teacher_model, self.model.mcore_teacher_model)
             check_gkd(self.gkd, has_teacher_model=any(each is not None for each in teachers))
+        check_data(self.data)
         check_tuner(self.tuner)
         self._check_lora_engines()
         if self.bridge.hash_every > 1 and (self.bridge.offload_bridge or self.bridge.skip_unchanged):
@@ -286,12 +303,34 @@ class RunConfig(Section):
             )
         if trainer.min_lr > trainer.lr:
             raise ValueError(f"trainer.min_lr: {trainer.min_lr} is above trainer.lr {trainer.lr}")
-        if self.optimizer_steps <= trainer.lr_warmup_iters:
+        if trainer.freeze and self.tuner.tuner_type == "lora":
             raise ValueError(
-                f"trainer.lr_warmup_iters: {trainer.lr_warmup_iters} leaves no step of the run's "
-                f"{self.optimizer_steps} after the warm-up"
+                "trainer.freeze: is not used with tuner.tuner_type lora, which trains adapters alone"
             )
+        self._check_steps()
         return self
+
+    def _check_steps(self) -> None:
+        trainer = self.trainer
+        if trainer.lr_warmup_fraction is not None and trainer.lr_warmup_iters:
+            raise ValueError("trainer.lr_warmup_fraction: give it or trainer.lr_warmup_iters, not both")
+        if self.algorithm == "sft" and self.sft.num_train_epochs is not None:
+            # Not whether it was typed, so that a dump loads back.
+            if self.max_steps != RunConfig.model_fields["max_steps"].default:
+                raise ValueError(
+                    f"sft.num_train_epochs: give it or max_steps, not both; max_steps is {self.max_steps}"
+                )
+        else:
+            self.check_warmup()
+
+    def check_warmup(self) -> None:
+        """Raises ValueError when there is no step after the warm-up."""
+        if self.optimizer_steps <= self.lr_warmup_steps:
+            name = "lr_warmup_iters" if self.trainer.lr_warmup_fraction is None else "lr_warmup_fraction"
+            raise ValueError(
+                f"trainer.{name}: a warm-up of {self.lr_warmup_steps} steps leaves none of the run's "
+                f"{self.optimizer_steps} after it"
+            )
 
     def _check_lora_engines(self) -> None:
         if not self.rollout.vllm_enable_lora:
@@ -308,3 +347,21 @@ class RunConfig(Section):
                 "rollout.vllm_enable_lora: engines read the base model from safetensors; give it as model.model "
                 "instead of model.mcore_model"
             )
+
+
+def with_steps_of_epochs(config: RunConfig, num_samples: int) -> RunConfig:
+    """The config with max_steps in place of sft.num_train_epochs, if it has that.
+
+    Raises ConfigError when the warm-up does not leave a step.
+    """
+    epochs = config.sft.num_train_epochs
+    if epochs is None:
+        return config
+    steps = ceil(epochs * num_samples / config.sft.batch_size)
+    sft = config.sft.model_copy(update={"num_train_epochs": None})
+    config = config.model_copy(update={"max_steps": steps, "sft": sft})
+    try:
+        config.check_warmup()
+    except ValueError as error:
+        raise ConfigError(f"{error}; sft.num_train_epochs {epochs:g} is {steps} steps") from None
+    return config

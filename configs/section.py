@@ -12,7 +12,9 @@ class Section(BaseModel):
 
 
 def _names(value: Any) -> Any:
-    """`q_proj,v_proj` as well as a list."""
+    """`q_proj,v_proj` as well as a list, null for none."""
+    if value is None:
+        return ()
     return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
 
 

@@ -29,6 +29,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {"data_parallel_size": 2},
     "tp2-sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "pp2": {"pipeline_model_parallel_size": 2},
+    "one, recompute": {"recompute_granularity": "full"},
+    "tp2-sp, recompute": {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "recompute_granularity": "full",
+        "recompute_num_layers": 2,
+    },
+    "one, selective": {"recompute_granularity": "selective"},
 }
 PACKINGS: dict[str, tuple[dict[str, Any], bool]] = {
     "1": ({"micro_batch_size": 1}, False),

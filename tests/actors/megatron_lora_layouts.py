@@ -3,6 +3,8 @@
 from tests.actors.megatron_families_layouts import LAYOUTS
 
 SIZES = LAYOUTS | {"etp2": {"data_parallel_size": 2, "expert_tensor_parallel_size": 2}}
+# The frozen layers are computed again, which has to leave the adapters their gradients.
+SIZES["one-recompute"] = {"recompute_granularity": "full"}
 STEPS: dict[str, tuple[str, ...]] = {
     "one": (
         "llama",
@@ -15,6 +17,7 @@ STEPS: dict[str, tuple[str, ...]] = {
         "qwen3_moe",
         "deepseek_v3",
     ),
+    "one-recompute": ("llama", "llama-saved"),
     "tp2": ("llama", "one-group"),
     "tp2-sp": ("llama", "llama-up", "llama-saved", "latent", "qwen3_moe", "deepseek_v3"),
     "tp2-sp-etp1": ("qwen3_moe",),

@@ -24,7 +24,7 @@ from megatron_worker_reference import TEMPERATURE, num_loss_tokens, token_loss
 from bridge.families import family_of
 from bridge.lora import Part, Target, keys_of, targets_of
 from bridge.megatron import EMBEDDING, OUTPUT_LAYER, adapter_parameters, named_parameters, place_of_this_rank
-from configs.schema import LayoutConfig
+from configs.schema import TrainerConfig
 
 import torch.distributed as dist  # isort: skip
 from torch.distributed.checkpoint.filesystem import FileSystemReader  # isort: skip
@@ -161,7 +161,7 @@ def logprob_error(want: Any, model: Any, batches: Any, groups: Any) -> float | N
 
 def base_is_base(layout: str, name: str, model: MegatronModel, batches: Any) -> list[bool]:
     """Whether without adapters each log-probability is to the bit the base model's, and with them is not."""
-    settings = LayoutConfig.model_validate(SIZES[layout])
+    settings = TrainerConfig.model_validate(SIZES[layout])
     load = loader(weights(CASES[name].family))
     base = FrozenModel(settings, torch.float32, spec_of(name)[1], device="cpu", load=load)
     for chunk in base.chunks:
@@ -299,7 +299,7 @@ def main(rank: int, world_size: int, directory: Path) -> None:
     results: dict[str, Any] = {}
     wanted = sys.argv[4:]
     for layout in STEPS:
-        settings = LayoutConfig.model_validate(SIZES[layout])
+        settings = TrainerConfig.model_validate(SIZES[layout])
         if settings.world_size != world_size or (wanted and layout not in wanted):
             continue
         join(settings, rank, world_size, directory / layout)
@@ -308,7 +308,7 @@ def main(rank: int, world_size: int, directory: Path) -> None:
     for first, second, name in TRIPS:
         layout = "one" if world_size == 1 else second
         folder = directory / f"trip-{first}-{name}"
-        settings = LayoutConfig.model_validate(SIZES[layout])
+        settings = TrainerConfig.model_validate(SIZES[layout])
         if folder.exists():
             join(settings, rank, world_size, directory / f"{first}-{layout}-{name}")
             results[f"{layout}/{first}/{name}/trip"] = go_on(layout, name, folder)

@@ -8,6 +8,8 @@ import re
 import socket
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from megatron_worker_reference import (
     WEIGHT_DECAY,
     build_reference,
     cut,
+    make_conversations,
     make_optimizer,
     make_sequences,
     mcore_tensors,
@@ -28,11 +31,16 @@ from megatron_worker_reference import (
     reference_logprobs,
     reference_step,
     token_loss,
+    transformers_sft_loss,
 )
 
 from actors import megatron_cpu
+from actors.trainer_rank import freeze
+from algorithms.losses import sft_loss
+from algorithms.packing import pack as pack_samples
 from algorithms.roles import Predictions
 from bridge.families import family_of
+from bridge.frozen import frozen_parameters
 from configs.errors import BasculeError
 from configs.schema import LayoutConfig, RunConfig
 
@@ -65,6 +73,12 @@ FAMILIES = {
 VARIANTS = ((1, True), (2, False))
 BF16_LAYOUTS = ("one", "tp2-sp", "dp2")
 CLIP_GRAD = 0.05
+SFT_LAYOUTS = ("one", "tp2-sp", "pp2", "dp2")
+# Of two stages the first one is left with nothing to train, but what the tied head of the second shares.
+FROZEN = {
+    "whole": (),
+    "part": ("model.embed_tokens.weight", "model.layers.0.*", "*.[qkv]_proj.*", "model.norm.weight"),
+}
 
 
 def make_run(layout: str, distributed_optimizer: bool, dtype: str = "float32", **trainer: Any) -> RunConfig:
@@ -277,6 +291,43 @@ def run_frozen(layout: str, family: str) -> dict[str, Any]:
     return {"logprobs": logprob_error(reference, model, batches, groups)}
 
 
+def run_sft(layout: str, patterns: tuple[str, ...]) -> dict[str, Any]:
+    """Conversations with several trained turns against transformers with labels of -100, some of it frozen."""
+    reference = build_reference("qwen3")
+    config = reference.config.to_dict()
+    spec = family_of(config).megatron(config)
+    frozen = frozen_parameters(family_of(config), spec, None, patterns)
+    run = make_run(layout, False, clip_grad=0.0, micro_batch_size=2)
+    model = MegatronModel(run, spec, device="cpu", load=loader(reference), adapt=partial(freeze, frozen))
+    samples = make_conversations(spec.vocab_size)
+    batch = pack_samples(samples, run.trainer)
+    want = transformers_sft_loss(reference, samples)
+    want.backward()
+    kept = {
+        name: p.grad
+        for name, p in reference.named_parameters()
+        if not any(map(partial(fnmatch, name), patterns))
+    }
+    norm = torch.stack([grad.norm() for grad in kept.values()]).norm()
+    before = {name: p.detach().clone() for name, p in mine(model.chunks)}
+    micro_batches = batch.ranks[parallel_state.get_data_parallel_rank()]
+    result = model.step(micro_batches, batch.num_loss_tokens, sft_loss, 1.0)
+    grads = grads_of(reference)
+    trained = [(name, p) for name, p in mine(model.chunks) if name not in frozen]
+    held = [(name, p) for name, p in mine(model.chunks) if name in frozen]
+    groups = [group["params"] for group in model.optimizer.param_groups]
+    return {
+        "loss": abs(result.loss - float(want)) / float(want),
+        "grad_norm": abs(result.grad_norm - float(norm)) / float(norm),
+        "grads": worst((p.main_grad, grads[name]) for name, p in trained) if trained else 0.0,
+        "moved": sum(not torch.equal(p, before[name]) for name, p in trained) == len(trained),
+        "held": all(torch.equal(p, before[name]) and p.grad is None for name, p in held),
+        "without_gradient": not any(hasattr(p, "main_grad") for _, p in held),
+        "with_state": sum(map(len, groups)) == len(trained),
+        "count": len(held),
+    }
+
+
 def run_refused_join() -> dict[str, Any]:
     """Messages about a wrong number of ranks, and a rank that never comes."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -315,6 +366,9 @@ def cases_of(layout: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for micro_batches, distributed in VARIANTS:
             name = f"{layout}/{family}/{micro_batches}/{'split' if distributed else 'whole'}"
             yield name, run_case(layout, family, micro_batches, distributed)
+    if layout in SFT_LAYOUTS:
+        for name, patterns in FROZEN.items():
+            yield f"{layout}/sft-{name}", run_sft(layout, patterns)
     if layout in BF16_LAYOUTS:
         yield f"{layout}/bf16", run_bf16(layout)
     if layout == "tp2-sp":

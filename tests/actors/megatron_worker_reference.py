@@ -1,10 +1,12 @@
 """What Megatron is compared with: transformers on unpacked sequences, and a weight map written by hand."""
 
+from functools import partial
+
 import numpy as np
 import torch
 import transformers
 
-from algorithms.data import MicroBatch, float_row, int_row
+from algorithms.data import MicroBatch, TrainSample, float_row, int_row
 from algorithms.roles import Predictions
 
 TEMPERATURE = 0.7
@@ -82,6 +84,31 @@ def make_sequences(vocab_size: int) -> list[MicroBatch]:
             )
         )
     return rows
+
+
+def make_conversations(vocab_size: int) -> list[TrainSample]:
+    """Random tokens, of which several turns are trained on."""
+    rng = np.random.default_rng(6)
+    samples = []
+    for turns in ((3, 2, 4, 3), (5, 4), (2, 1, 2, 1, 2, 3)):
+        mask = [trained for turn, size in enumerate(turns) for trained in [turn % 2] * size]
+        zeros = float_row(np.zeros(len(mask)))
+        tokens = int_row(rng.integers(0, vocab_size, len(mask)))
+        samples.append(
+            TrainSample(tokens=tokens, loss_mask=int_row(mask), advantages=zeros, logprobs=zeros, version=0)
+        )
+    return samples
+
+
+def transformers_sft_loss(model: transformers.PreTrainedModel, samples: list[TrainSample]) -> torch.Tensor:
+    """What transformers computes for the padded batch, where labels that are not trained on are -100."""
+    rows = [torch.tensor(sample.tokens, dtype=torch.int64) for sample in samples]
+    labels = [
+        row.where(torch.tensor(sample.loss_mask) > 0, -100) for row, sample in zip(rows, samples, strict=True)
+    ]
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    attended = pad([torch.ones_like(row) for row in rows])
+    return model(input_ids=pad(rows), attention_mask=attended, labels=pad(labels, padding_value=-100)).loss
 
 
 def pack(rows: list[MicroBatch], length: int) -> MicroBatch:

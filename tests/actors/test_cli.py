@@ -31,7 +31,7 @@ def test_help_lists_every_option_with_its_text(capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     for option in list_options(RunConfig):
         assert f"--{'.'.join(option.path)}" in shown
-    assert "Upper truncation of that weight." in shown
+    assert "Upper bound of the ratio." in shown
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     assert "make-model" in capsys.readouterr().out
@@ -80,7 +80,17 @@ def test_plan_prints_the_resolved_config_and_what_would_start(
     assert "20 prompts, 6 held out" in shown
     assert "2 x trainer: 0.5 CPU" in shown
     assert main(["plan", "--config", str(workspace / "sft.yaml")]) == 0
-    assert "16 samples, 16 per step" in capsys.readouterr().out
+    assert "data: 16 samples, 16 per step, 4 steps" in capsys.readouterr().out
+    epochs = ("--max_steps", "100", "--num_train_epochs", "5", "--sft.batch_size", "8", "--freeze", "*norm*")
+    lengths = ("--sft.max_length", "8", "--truncation", "truncate", "--split_dataset_ratio", "0.25")
+    assert main(["plan", "--config", str(workspace / "sft.yaml"), *epochs, *lengths]) == 0
+    shown = capsys.readouterr().out
+    assert "data: 12 samples, 12 truncated, 8 per step, 8 steps" in shown
+    assert "max_steps: 8" in shown
+    assert "held out: 4 samples" in shown
+    assert "trained: all parameters but *norm*" in shown
+    message = refused(capsys, "plan", "--config", str(workspace / "sft.yaml"), "--freeze", "*.q_proj.weight")
+    assert "k_proj.weight, model.layers.0.self_attn.v_proj.weight is not, and Megatron keeps them" in message
 
 
 def test_the_projects_packages_come_from_one_place(monkeypatch: pytest.MonkeyPatch) -> None:

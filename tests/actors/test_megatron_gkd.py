@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.actors.gkd_reference import BETAS
-from tests.actors.megatron_processes import run_workers
+from tests.actors.megatron_processes import RunWorkers
 
 pytestmark = pytest.mark.megatron
 
@@ -23,7 +23,7 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def results(tmp_path_factory: pytest.TempPathFactory, run_workers: RunWorkers) -> list[dict[str, Any]]:
     return run_workers(WORKER, 2, tmp_path_factory.mktemp("gkd"))
 
 

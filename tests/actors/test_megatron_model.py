@@ -67,6 +67,20 @@ def test_a_loss_that_is_not_finite_changes_nothing(case: str, results: Results) 
         assert rank["weights_kept"]
 
 
+@pytest.mark.parametrize("frozen", ["whole", "part"])
+@pytest.mark.parametrize("layout", ["one", "tp2-sp", "pp2", "dp2"])
+def test_sft_equals_transformers_and_frozen_parameters_stay(
+    layout: str, frozen: str, results: Results
+) -> None:
+    measured = results(f"{layout}/sft-{frozen}")
+    for rank in measured:
+        assert rank["loss"] < 1e-5
+        assert rank["grad_norm"] < 1e-5
+        assert rank["grads"] < 2e-5
+        assert all(rank[name] for name in ("moved", "held", "without_gradient", "with_state"))
+    assert (sum(rank["count"] for rank in measured) > 0) == (frozen == "part")
+
+
 @pytest.mark.parametrize("layout", ["one", "tp2-sp", "dp2"])
 def test_bfloat16_rounds_a_float32_optimizer(layout: str, results: Results) -> None:
     for rank in results(f"{layout}/bf16"):

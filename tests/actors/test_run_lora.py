@@ -39,6 +39,8 @@ def sft(workspace: Path) -> Finished:
         *("sft", "--config", str(workspace / "sft.yaml"), *STAGES, "--tuner_type", "lora"),
         *("--target_modules", ",".join(MODULES), "--lora_rank", "4", "--lora_dropout", "0"),
         *("--merge_lora", "true"),
+        # What it trains on, so that one reference serves both losses.
+        *("--eval_dataset", str(workspace / "sft.jsonl"), "--eval_steps", "2"),
     )
 
 
@@ -95,9 +97,19 @@ def test_sft_starts_from_transformers_loss_and_learns(sft: Finished, workspace: 
         with torch.no_grad():
             total += model(tokens, labels=labels).loss.item() * len(completion)
         count += len(completion)
-    losses = [row["loss"] for row in rows(workspace / "sft" / "metrics.jsonl")]
+    metrics = rows(workspace / "sft" / "metrics.jsonl")
+    losses = [row["loss"] for row in metrics if "loss" in row]
+    held_out = {row["step"]: row for row in metrics if "eval/loss" in row}
     assert losses[0] == pytest.approx(total / count, rel=1e-4)
     assert losses[-1] < losses[0]
+    assert list(held_out) == [0, 2, 4]
+    assert held_out[0]["eval/loss"] == pytest.approx(total / count, rel=1e-4)
+    # The weights after two steps are those that the third one starts from.
+    assert held_out[2]["eval/loss"] == pytest.approx(losses[2], rel=1e-4)
+    assert held_out[0]["eval/num_tokens"] == count
+    result = sft.result()
+    assert result["loss_before"] == held_out[0]["eval/loss"]
+    assert result["loss_best"] == min(row["eval/loss"] for row in held_out.values())
 
 
 def test_the_checkpoint_is_pefts_and_the_merged_one_computes_the_same(sft: Finished, workspace: Path) -> None:

@@ -1,43 +1,18 @@
-"""Rows and tokens, against the files' own text and the tokenizer called directly."""
+"""Rows of the datasets of a run, against the files' own text and reasoning-gym called directly."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import reasoning_gym
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
-from algorithms.datasets import make_prompts, make_sft_samples, read_rows
+from algorithms.datasets import read_rows
 from configs.data import DataConfig
 from configs.errors import ConfigError
 
-WORDS = ["<unk>", "<bos>", "<eos>", "<user>", "<assistant>", "<system>", "<think>", "\n"]
-WORDS += ["what", "is", "two", "plus", "three", "?", "five", "six", "be", "brief", "hello"]
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content }}{{ eos_token }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 TALK = [{"role": "user", "content": "what is two plus three ?"}]
-
-
-def tokenizer(template: str | None = None, bos: bool = True) -> PreTrainedTokenizerFast:
-    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if bos:
-        core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>"
-    )
-    fast.add_special_tokens({"additional_special_tokens": WORDS[3:8]})
-    fast.chat_template = template
-    return fast
-
-
-def ids(text: str) -> list[int]:
-    return [WORDS.index(word) for word in text.split(" ")]
 
 
 def write(folder: Path, *rows: Any, name: str = "rows.jsonl") -> str:
@@ -46,18 +21,10 @@ def write(folder: Path, *rows: Any, name: str = "rows.jsonl") -> str:
     return str(path)
 
 
-def prompts_of(
-    folder: Path, row: dict[str, Any], template: str | None, **options: Any
-) -> tuple[list[int], Any]:
-    data = DataConfig(dataset=write(folder, row), **options)
-    (prompt,) = make_prompts(read_rows(data, "train"), tokenizer(template), data)
-    return prompt.tokens.tolist(), prompt
-
-
 def test_rows_keep_every_column_and_the_line_number(tmp_path: Path) -> None:
     first, second = {"prompt": "two", "answer": "2"}, {"messages": TALK, "level": 3}
     path = write(tmp_path, first, "", second)
-    rows = read_rows(DataConfig(dataset=path), "train")
+    rows = read_rows(DataConfig(dataset=(path,)), "train")
     assert [(row.id, row.place, row.columns) for row in rows] == [
         ("train-1", f"{path}:1", first),
         ("train-3", f"{path}:3", second),
@@ -66,18 +33,27 @@ def test_rows_keep_every_column_and_the_line_number(tmp_path: Path) -> None:
 
 def test_eval_rows(tmp_path: Path) -> None:
     path = write(tmp_path, *[{"prompt": str(index)} for index in range(5)])
-    assert read_rows(DataConfig(dataset=path), "eval") == []
-    rows = read_rows(DataConfig(dataset="none", eval_dataset=path, eval_size=2), "eval")
+    assert read_rows(DataConfig(dataset=(path,)), "eval") == []
+    rows = read_rows(DataConfig(dataset=("none",), eval_dataset=(path,), eval_size=2), "eval")
     assert [row.id for row in rows] == ["eval-1", "eval-2"]
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["{}", "x"], ":1: a row has `prompt` or `messages`, this one has neither"),
+        (
+            ["{}", "x"],
+            ":1: a row has `messages`, `prompt` or `instruction`; this one has neither of them (it has: )",
+        ),
         (['{"prompt": "a"}', "{x"], ":2: not valid JSON: Expecting property name"),
-        (['{"prompt": "a", "messages": []}'], ":1: a row has `prompt` or `messages`, this one has both"),
-        (['{"prompt": ["a"]}'], ":1: `prompt` is a string"),
+        (
+            ['{"prompt": "a", "messages": []}'],
+            ":1: a row has `messages`, `prompt` or `instruction`; this one has both of the first two",
+        ),
+        (['{"prompt": ["a"]}'], ":1: `prompt` is a string, or a list of {"),
+        (['{"prompt": "a", "completion": 5}'], ":1: `completion` is a string, or a list of {"),
+        (['{"instruction": "a", "input": 5}'], ":1: `input` is a string"),
+        (['{"instruction": "a", "history": [["b", "c"]]}'], ":1: `history` is not read; put all turns"),
         (['{"messages": [{"role": "user"}]}'], ":1: `messages` is a list of"),
         (["[1]"], ":1: a row is a JSON object"),
         (["", ""], ": there are no rows in it"),
@@ -86,18 +62,18 @@ def test_eval_rows(tmp_path: Path) -> None:
 def test_files_that_are_no_dataset(tmp_path: Path, lines: list[str], message: str) -> None:
     path = write(tmp_path, *lines)
     with pytest.raises(ConfigError) as caught:
-        read_rows(DataConfig(dataset=path), "train")
+        read_rows(DataConfig(dataset=(path,)), "train")
     assert str(caught.value).startswith(f"{path}{message}")
 
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.jsonl: this dataset cannot be read: No such file"):
-        read_rows(DataConfig(dataset=str(tmp_path / "none.jsonl")), "train")
+        read_rows(DataConfig(dataset=(str(tmp_path / "none.jsonl"),)), "train")
 
 
 def test_generated_rows_are_reasoning_gyms_entries() -> None:
     data = DataConfig(
-        dataset="reasoning_gym:chain_sum", dataset_size=4, dataset_kwargs={"max_terms": 3, "min_digits": 2}
+        dataset=("reasoning_gym:chain_sum",), dataset_size=4, dataset_kwargs={"max_terms": 3, "min_digits": 2}
     )
     expected = list(reasoning_gym.create_dataset("chain_sum", size=4, seed=9, max_terms=3, min_digits=2))
     rows = read_rows(data, "train", seed=9)
@@ -113,11 +89,11 @@ def test_generated_eval_rows_have_no_training_question() -> None:
     name = "reasoning_gym:chain_sum"
     small: dict[str, str | int | float | bool] = {"max_terms": 2, "max_digits": 1}
     data = DataConfig(
-        dataset=name, eval_dataset=name, dataset_size=200, eval_size=10, dataset_kwargs={**small}
+        dataset=(name,), eval_dataset=(name,), dataset_size=200, eval_size=10, dataset_kwargs={**small}
     )
     train = {row.columns["question"] for row in read_rows(data, "train")}
     held_out = [row.columns["question"] for row in read_rows(data, "eval")]
-    assert read_rows(data.model_copy(update={"eval_dataset": None}), "eval") == read_rows(data, "eval")
+    assert read_rows(data.model_copy(update={"eval_dataset": ()}), "eval") == read_rows(data, "eval")
     assert len(held_out) == len(set(held_out)) == 10
     assert train.isdisjoint(held_out)
     crowded = data.model_copy(update={"dataset_size": 5000})
@@ -142,142 +118,63 @@ def test_generated_eval_rows_have_no_training_question() -> None:
 )
 def test_generated_datasets_that_cannot_be(name: str, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        read_rows(DataConfig(dataset=f"reasoning_gym:{name}", dataset_kwargs=kwargs), "train")
+        read_rows(DataConfig(dataset=(f"reasoning_gym:{name}",), dataset_kwargs=kwargs), "train")
 
 
-def test_plain_prompt_without_template_is_encoded_as_it_is(tmp_path: Path) -> None:
-    tokens, prompt = prompts_of(tmp_path, {"prompt": "two plus three", "answer": "five"}, None)
-    assert tokens == ids("<bos> two plus three") == tokenizer().encode("two plus three")
-    assert prompt.id == "train-1"
-    assert prompt.messages == ({"role": "user", "content": "two plus three"},)
-    assert prompt.columns["answer"] == "five"
-    # A text that spells the token out does not get it twice.
-    assert prompts_of(tmp_path, {"prompt": "<bos> two plus three"}, None)[0] == tokens
+def numbered(folder: Path, size: int, name: str) -> str:
+    return write(folder, *[{"prompt": f"{name} {index}"} for index in range(size)], name=f"{name}.jsonl")
 
 
-def test_plain_prompt_becomes_one_user_message_of_the_template(tmp_path: Path) -> None:
-    tokens, _ = prompts_of(tmp_path, {"prompt": TALK[0]["content"]}, TEMPLATE)
-    assert tokens == ids("<bos> <user> what is two plus three ? <eos> \n <assistant>")
-    direct = tokenizer(TEMPLATE).apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
-    assert tokens == direct
+def asked(data: DataConfig, split: Any = "train", seed: int = 42) -> list[str]:
+    return [row.columns["prompt"] for row in read_rows(data, split, seed)]
 
 
-def test_messages_and_system_prompt(tmp_path: Path) -> None:
-    tokens, prompt = prompts_of(tmp_path, {"messages": TALK}, TEMPLATE, system_prompt="be brief")
-    system = [{"role": "system", "content": "be brief"}]
-    direct = tokenizer(TEMPLATE).apply_chat_template(
-        system + TALK, add_generation_prompt=True, return_dict=False
-    )
-    assert tokens == direct
-    assert list(prompt.messages) == system + TALK
-    own = [{"role": "system", "content": "hello"}, *TALK]
-    _, prompt = prompts_of(tmp_path, {"messages": own}, TEMPLATE, system_prompt="be brief")
-    assert list(prompt.messages) == own
+def test_rows_of_several_datasets_and_a_number_of_each(tmp_path: Path) -> None:
+    a, b = numbered(tmp_path, 6, "a"), numbered(tmp_path, 4, "b")
+    data = DataConfig.model_validate({"dataset": f"{a}#4,{b}#11, reasoning_gym:chain_sum#3"})
+    found = asked(data)
+    first, second, made = found[:4], found[4:15], found[15:]
+    assert len(set(first)) == 4
+    assert set(first) < {f"a {index}" for index in range(6)}
+    # Twice all four, and three of them a third time.
+    assert sorted(Counter(second).values()) == [2, 3, 3, 3]
+    assert made == [entry["question"] for entry in reasoning_gym.create_dataset("chain_sum", size=3, seed=42)]
+    assert found == asked(data)
+    assert found != asked(data, seed=43)
+    ids = [row.id for row in read_rows(data, "train")]
+    assert len(set(ids)) == len(ids) == 18
+    with pytest.raises(ConfigError, match=r"data\.dataset: .*a\.jsonl#0 draws no rows"):
+        asked(DataConfig(dataset=(f"{a}#0",)))
 
 
-@pytest.mark.parametrize(
-    ("row", "template", "options", "message"),
-    [
-        ({"messages": TALK}, None, {}, ":1: the row has `messages`, but the tokenizer has no chat template"),
-        (
-            {"prompt": "two"},
-            None,
-            {"system_prompt": "hello"},
-            "data.system_prompt: the tokenizer has no chat",
-        ),
-        ({"prompt": "two two"}, None, {"max_prompt_length": 2}, ":1: the prompt has 3 tokens, .* allows 2"),
-        (
-            {"messages": [*TALK, {"role": "assistant", "content": "five"}]},
-            TEMPLATE,
-            {},
-            ":1: the last message is the assistant's",
-        ),
-        (
-            {"prompt": "two"},
-            "{{ raise_exception('no roles') }}",
-            {},
-            ":1: the chat template refuses .*no roles",
-        ),
-    ],
-)
-def test_rows_that_make_no_prompt(
-    tmp_path: Path, row: dict[str, Any], template: str | None, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        prompts_of(tmp_path, row, template, **options)
+@pytest.mark.parametrize("rows", ["", "#10", "#50"])
+def test_held_out_rows_are_not_trained_on_and_both_are_the_same_every_time(tmp_path: Path, rows: str) -> None:
+    a, b = numbered(tmp_path, 20, "a"), numbered(tmp_path, 5, "b")
+    data = DataConfig(dataset=(a + rows, b), split_dataset_ratio=0.2)
+    train, held_out = asked(data), asked(data, "eval")
+    assert set(train).isdisjoint(held_out)
+    assert len(set(held_out)) == len(held_out)
+    assert [text[0] for text in held_out] == ["a"] * {"": 4, "#10": 2, "#50": 4}[rows] + ["b"]
+    assert len(train) == {"": 16, "#10": 8, "#50": 46}[rows] + 4
+    if rows != "#10":
+        assert set(train) | set(held_out) == {f"a {i}" for i in range(20)} | {f"b {i}" for i in range(5)}
+    assert (train, held_out) == (asked(data), asked(data, "eval"))
+    assert held_out != asked(data, "eval", seed=1)
+    assert all(row.id.startswith("eval-") for row in read_rows(data, "eval"))
 
 
-def sft(folder: Path, row: dict[str, Any], template: str | None, max_length: int = 64) -> tuple[str, str]:
-    """Masked and trained words of the one sample."""
-    rows = read_rows(DataConfig(dataset=write(folder, row)), "train")
-    (sample,) = make_sft_samples(rows, tokenizer(template), max_length)
-    cut = int(np.argmax(sample.loss_mask))
-    assert sample.loss_mask.tolist() == [0] * cut + [1] * (sample.tokens.size - cut)
-    assert not sample.advantages.any()
-    assert not sample.logprobs.any()
-    assert sample.advantages.shape == sample.logprobs.shape == sample.tokens.shape
-    words = [WORDS[token] for token in sample.tokens]
-    return " ".join(words[:cut]), " ".join(words[cut:])
+def test_a_row_that_is_there_twice_is_on_one_side(tmp_path: Path) -> None:
+    path = write(tmp_path, *[{"prompt": str(index // 2)} for index in range(40)])
+    data = DataConfig(dataset=(path,), split_dataset_ratio=0.25)
+    train, held_out = asked(data), asked(data, "eval")
+    assert (len(train), len(held_out)) == (30, 10)
+    assert set(train).isdisjoint(held_out)
+    same = write(tmp_path, {"prompt": "x"}, {"prompt": "x"}, name="same.jsonl")
+    with pytest.raises(ConfigError, match=r"split_dataset_ratio: 2 rows of .*, 1 of them different, do not"):
+        asked(DataConfig(dataset=(same,), split_dataset_ratio=0.5))
 
 
-def test_sft_without_template(tmp_path: Path) -> None:
-    row = {"prompt": "two plus three", "completion": "five"}
-    assert sft(tmp_path, row, None) == ("<bos> two plus three", "five <eos>")
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": TALK[0]["content"], "completion": "five"},
-        {"messages": TALK, "completion": "five"},
-        {"messages": [*TALK, {"role": "assistant", "content": "five"}]},
-    ],
-)
-def test_sft_with_template_trains_on_the_answer_and_its_end(tmp_path: Path, row: dict[str, Any]) -> None:
-    expected = ("<bos> <user> what is two plus three ? <eos> \n <assistant>", "five <eos>")
-    assert sft(tmp_path, row, TEMPLATE) == expected
-
-
-def test_sft_trains_on_the_final_turn_only(tmp_path: Path) -> None:
-    answer = {"role": "assistant", "content": "five"}
-    row = {"messages": [*TALK, {"role": "assistant", "content": "six"}, *TALK, answer]}
-    before, trained = sft(tmp_path, row, TEMPLATE)
-    assert trained == "five <eos>"
-    assert before.count("<assistant>") == 2
-    assert before.endswith("<assistant>")
-
-
-def test_sft_when_the_generation_prompt_opens_a_think_block(tmp_path: Path) -> None:
-    template = TEMPLATE.replace("%}<assistant>{%", "%}<assistant><think>{%")
-    _, trained = sft(tmp_path, {"prompt": "two", "completion": "five"}, template)
-    assert trained == "five <eos>"
-
-
-def test_sft_adds_the_end_when_the_template_has_none(tmp_path: Path) -> None:
-    template = TEMPLATE.replace("{{ eos_token }}", "")
-    assert sft(tmp_path, {"prompt": "two", "completion": "five"}, template)[1] == "five \n <eos>"
-
-
-@pytest.mark.parametrize(
-    ("row", "template", "max_length", "message"),
-    [
-        ({"prompt": "two"}, None, 64, ":1: a row for sft ends with one `completion` or final assistant"),
-        (
-            {"prompt": "two", "completion": "five"},
-            None,
-            3,
-            ":1: the sample has 4 tokens, sft.max_length allows 3",
-        ),
-        (
-            {"prompt": "two", "completion": "five"},
-            "{{ '<think>' if messages | length > 1 }}" + TEMPLATE,
-            64,
-            ":1: the chat template renders the turns before",
-        ),
-    ],
-)
-def test_rows_that_make_no_sample(
-    tmp_path: Path, row: dict[str, Any], template: str | None, max_length: int, message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        sft(tmp_path, row, template, max_length)
+def test_rows_to_evaluate_on_are_of_every_dataset(tmp_path: Path) -> None:
+    a, b = numbered(tmp_path, 9, "a"), numbered(tmp_path, 2, "b")
+    data = DataConfig(dataset=("none",), eval_dataset=(a, b), eval_size=5)
+    assert asked(data, "eval") == ["a 0", "b 0", "a 1", "b 1", "a 2"]

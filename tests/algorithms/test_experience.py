@@ -23,6 +23,9 @@ class Trainer:
     def save(self, step: int) -> None:
         raise AssertionError("not in this test")
 
+    def rate(self, step: int, score: float) -> None:
+        raise AssertionError("not in this test")
+
     def move_reference(self, share: float) -> None:
         raise AssertionError("not in this test")
 

@@ -43,6 +43,7 @@ class Trainer:
     def __init__(self) -> None:
         self.batches: list[Batch] = []
         self.calls: list[str] = []
+        self.rated: dict[int, float] = {}
 
     def step(self, batch: Batch) -> StepResult:
         self.calls.append("step")
@@ -61,6 +62,9 @@ class Trainer:
         """The last digit of the prompt's token, plus the label."""
         self.calls.append("entropies")
         return tuple(tuple(float_row(m.tokens_T % 10 + m.labels_T) for m in rank) for rank in batch.ranks)
+
+    def rate(self, step: int, score: float) -> None:
+        self.rated[step] = score
 
     def move_reference(self, share: float) -> None:
         self.calls.append(f"reference moves by {share}")
@@ -162,6 +166,7 @@ def test_every_step_trains_on_what_the_current_weights_sampled() -> None:
     trainer, _, recorder = run(config(), [1.0, 0.0, 0.0, 1.0])
     assert recorder.versions == [0, 0, 1, 1, 2, 2]
     assert recorder.evaluated == [0, 3]
+    assert trainer.rated == {0: 1.0, 3: 1.0}
     assert trainer.calls == ["step"] * 3
     assert recorder.steps[0]["loss"] == 1.0
     assert recorder.steps[0]["reward"] == 0.5

@@ -10,7 +10,7 @@ from configs.data import DataConfig
 from configs.errors import ConfigError
 from configs.load import dump_config, load_config, load_settings
 from configs.options import describe_options, list_options, resolve_key
-from configs.schema import ModelConfig, RewardConfig, RunConfig, TrainerConfig
+from configs.schema import ModelConfig, RewardConfig, RunConfig, TrainerConfig, with_steps_of_epochs
 
 NEEDED = ("--model", "m", "--dataset", "d.jsonl", "--rewards.0.function", "exact_match")
 
@@ -37,7 +37,7 @@ def test_file_and_overrides_give_the_config_that_the_schema_gives(tmp_path: Path
     assert load_config(path, words, "grpo") == RunConfig(
         model=ModelConfig(model="base"),
         trainer=TrainerConfig(lr=1e-5, clip_grad=0.5),
-        data=DataConfig(dataset="a.jsonl", system_prompt="Think: then answer"),
+        data=DataConfig(dataset=("a.jsonl",), system_prompt="Think: then answer"),
         rewards=(RewardConfig(function="exact_match", weight=2.0),),
     )
 
@@ -54,9 +54,10 @@ def test_file_and_overrides_give_the_config_that_the_schema_gives(tmp_path: Path
         (["--stop.0", "no: x", "--grpo.stop.1", "7"], "grpo", "stop", ("no: x", "7")),
         (["--epsilon_high", "0.3", "--epsilon_high", "null"], "grpo", "epsilon_high", None),
         (["--top_k", "-1"], "grpo", "top_k", -1),
-        (["--eval_dataset", "2026"], "data", "eval_dataset", "2026"),
-        (["--eval_dataset", "null"], "data", "eval_dataset", None),
-        (["--eval_dataset", "'null'"], "data", "eval_dataset", "null"),
+        (["--eval_dataset", "2026"], "data", "eval_dataset", ("2026",)),
+        (["--eval_dataset", "null"], "data", "eval_dataset", ()),
+        (["--eval_dataset", "'null'"], "data", "eval_dataset", ("null",)),
+        (["--freeze", "*.bias, model.layers.[01].*"], "trainer", "freeze", ("*.bias", "model.layers.[01].*")),
         (
             ["--dataset_kwargs.a", "3", "--data.dataset_kwargs.b", "no"],
             "data",
@@ -152,7 +153,7 @@ def test_every_complaint_about_a_file_is_one_line_with_its_place(tmp_path: Path)
         ":3: trianer is not an option; did you mean trainer?",
         ":5: trainer.lr is 'abc'; should be a valid number",
         ":6: trainer.micro_batch_size is 0; should be greater than or equal to 1",
-        ":8: data.dataset is 5; should be a valid string",
+        ":8: data.dataset is 5; should be a valid tuple",
         ":9: data.dataset_kwargs.a is [1]; should be {NAME: TEXT|INT|FLOAT|true|false}",
     ]
     assert len(lines) == len(expected)
@@ -160,6 +161,57 @@ def test_every_complaint_about_a_file_is_one_line_with_its_place(tmp_path: Path)
         assert any(line.replace(f"{path}: ", f"{path}:11: ").startswith(f"{path}{text}") for line in lines), (
             text
         )
+
+
+def test_several_datasets_and_what_contradicts_another_option() -> None:
+    def loaded(*words: str) -> RunConfig:
+        return load_config(None, ["--model.model", "m", *words], "sft")
+
+    assert loaded("--dataset", "a.jsonl").data.dataset == ("a.jsonl",)
+    assert loaded("--dataset", "a.jsonl#5,b.parquet").data.dataset == ("a.jsonl#5", "b.parquet")
+    assert loaded("--dataset", "a", "--eval_dataset", "null").data.eval_dataset == ()
+    common = ("--dataset", "a")
+    for words, message in (
+        (
+            ("--split_dataset_ratio", "0.1", "--eval_dataset", "b"),
+            "data.split_dataset_ratio: is not used with",
+        ),
+        (
+            ("--num_train_epochs", "2", "--max_steps", "5"),
+            "sft.num_train_epochs: give it or max_steps, not both",
+        ),
+        (
+            ("--lr_warmup_fraction", "0.1", "--lr_warmup_iters", "5"),
+            "lr_warmup_fraction: give it or trainer.lr_",
+        ),
+        (
+            ("--lr_warmup_iters", "100"),
+            "trainer.lr_warmup_iters: a warm-up of 100 steps leaves none of the run's",
+        ),
+        (("--lr_warmup_fraction", "0.995"), "trainer.lr_warmup_fraction: a warm-up of 100 steps leaves none"),
+        (
+            ("--freeze", "*.bias", "--tuner_type", "lora"),
+            "trainer.freeze: is not used with tuner.tuner_type lora",
+        ),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            loaded(*common, *words)
+        assert message in str(caught.value)
+
+
+def test_epochs_become_steps_and_a_fraction_a_warm_up() -> None:
+    words = ["--model.model", "m", "--dataset", "a", "--sft.batch_size", "8", "--lr_warmup_fraction", "0.1"]
+    config = load_config(None, [*words, "--num_train_epochs", "2.5"], "sft")
+    assert load_config(None, words, "sft").lr_warmup_steps == 10
+    # 2.5 x 33 samples are 82.5, which takes 11 steps of 8; a tenth of them is rounded up too.
+    resolved = with_steps_of_epochs(config, 33)
+    assert (resolved.max_steps, resolved.sft.num_train_epochs, resolved.lr_warmup_steps) == (11, None, 2)
+    assert with_steps_of_epochs(resolved, 7) == resolved
+    late = load_config(None, [*words, "--num_train_epochs", "1", "--lr_warmup_fraction", "0.9"], "sft")
+    with pytest.raises(
+        ConfigError, match=r"warm-up of 1 steps leaves none .*; sft\.num_train_epochs 1 is 1 steps"
+    ):
+        with_steps_of_epochs(late, 8)
 
 
 def test_missing_options_are_named_without_their_section_being_there() -> None:

@@ -1,0 +1,39 @@
+"""Links in a run directory: `last` to its newest checkpoint, `best` to the one that was evaluated best."""
+
+import os
+from pathlib import Path
+
+
+class CheckpointLinks:
+    """Keeps the links of one run. They are relative, so that the directory can be moved."""
+
+    def __init__(self, directory: Path) -> None:
+        """`directory` is the run's."""
+        self._directory = directory
+        self._saved: dict[int, Path] = {}
+        self._scores: dict[int, float] = {}
+
+    def saved(self, step: int, checkpoint: Path) -> None:
+        """The checkpoint of this step is complete."""
+        self._saved[step] = checkpoint
+        self._link("last", checkpoint)
+        self._link_best()
+
+    def rated(self, step: int, score: float) -> None:
+        """How good the weights of this step are, the more the better; they need not be saved (yet)."""
+        self._scores[step] = score
+        self._link_best()
+
+    def _link_best(self) -> None:
+        both = self._saved.keys() & self._scores.keys()
+        if both:
+            # The earliest of equals has trained least.
+            best = max(sorted(both), key=self._scores.__getitem__)
+            self._link("best", self._saved[best])
+
+    def _link(self, name: str, checkpoint: Path) -> None:
+        # A rename replaces the old link at once; there is no moment without one.
+        new = self._directory / f".{name}.new"
+        new.unlink(missing_ok=True)
+        new.symlink_to(checkpoint.relative_to(self._directory))
+        os.replace(new, self._directory / name)  # noqa: PTH105

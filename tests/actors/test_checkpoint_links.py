@@ -1,0 +1,32 @@
+from pathlib import Path
+
+from actors.checkpoint_links import CheckpointLinks
+
+
+def read(directory: Path) -> dict[str, str]:
+    return {path.name: str(path.readlink()) for path in directory.iterdir() if path.is_symlink()}
+
+
+def test_links_follow_what_is_saved_and_rated_in_any_order(tmp_path: Path) -> None:
+    links = CheckpointLinks(tmp_path)
+    links.rated(0, 0.9)
+    assert read(tmp_path) == {}
+    links.saved(10, tmp_path / "checkpoint-10")
+    assert read(tmp_path) == {"last": "checkpoint-10"}
+    links.rated(10, 0.5)
+    assert read(tmp_path) == {"last": "checkpoint-10", "best": "checkpoint-10"}
+    links.saved(20, tmp_path / "checkpoint-20")
+    links.rated(20, 0.5)
+    assert read(tmp_path) == {"last": "checkpoint-20", "best": "checkpoint-10"}
+    # The evaluation after the last step comes before its checkpoint.
+    links.rated(30, 0.7)
+    assert read(tmp_path)["best"] == "checkpoint-10"
+    links.saved(30, tmp_path / "checkpoint")
+    assert read(tmp_path) == {"last": "checkpoint", "best": "checkpoint"}
+
+
+def test_links_of_an_earlier_run_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "last").symlink_to("checkpoint-99")
+    (tmp_path / ".last.new").symlink_to("half-made")
+    CheckpointLinks(tmp_path).saved(1, tmp_path / "checkpoint-1")
+    assert read(tmp_path) == {"last": "checkpoint-1"}
