@@ -292,6 +292,8 @@ class RunConfig(Section):
             check_gkd(self.gkd, has_teacher_model=any(each is not None for each in teachers))
         check_data(self.data)
         check_tuner(self.tuner)
+        if grpo.sync_ref_model and self.tuner.tuner_type == "lora":
+            raise ValueError("grpo.sync_ref_model: moves a whole reference; it needs tuner.tuner_type full")
         self._check_lora_engines()
         if self.bridge.hash_every > 1 and (self.bridge.offload_bridge or self.bridge.skip_unchanged):
             raise ValueError(
