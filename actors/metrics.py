@@ -126,7 +126,7 @@ class RunRecorder:
 
 
 def headline(evaluation: Mapping[str, float]) -> str:
-    """What an evaluation is about, without `eval/`: accuracy of rewards, divergence from a teacher, or loss (sft)."""
+    """What an evaluation is about, without `eval/`: an accuracy, a divergence from a teacher, or a loss."""
     return next(name for name in ("accuracy", "divergence", "loss") if f"eval/{name}" in evaluation)
 
 
