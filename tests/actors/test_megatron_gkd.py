@@ -12,6 +12,7 @@ from tests.actors.gkd_reference import BETAS
 from tests.actors.megatron_processes import RunWorkers
 
 pytestmark = pytest.mark.megatron
+pytest_plugins = ("tests.actors.megatron_fixtures",)
 
 WORKER = Path(__file__).with_name("megatron_gkd_worker.py")
 EVERY_BETA = tuple(f"beta {beta:g}" for beta in BETAS)
