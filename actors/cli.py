@@ -1,4 +1,4 @@
-"""The command line: `bascule grpo|sft|plan|export|infer|make-model`. The only module that prints."""
+"""The command line: `bascule grpo|gkd|sft|plan|export|infer|make-model`. The only module that prints."""
 
 import argparse
 import json
@@ -19,6 +19,7 @@ from configs.schema import RunConfig
 
 _RUNS = {
     "grpo": "train with group-relative policy optimization: Megatron trainers, vLLM engines, weight bridge",
+    "gkd": "knowledge distillation: learn a teacher's distribution on completions of one's own and of a dataset",
     "sft": "supervised fine-tuning with the same trainer, without engines",
 }
 _EPILOG = (
@@ -119,8 +120,9 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     from actors.run import run
 
     result = run(config, Terminal()) | _install_seconds()
-    if "accuracy_before" in result:
-        print(f"held-out accuracy: {result['accuracy_before']:.3f} -> {result['accuracy_after']:.3f}")
+    for name in ("accuracy", "divergence"):
+        if f"{name}_before" in result:
+            print(f"held-out {name}: {result[f'{name}_before']:.3f} -> {result[f'{name}_after']:.3f}")
     print(f"checkpoint: {result['checkpoint']}")
     print(f"curve: {result['curve']}")
     print(f"result: {json.dumps(result)}")

@@ -5,6 +5,7 @@ On a machine without CUDA, actors.megatron_cpu.install() must have run before th
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,8 @@ from configs.schema import LayoutConfig, RunConfig
 Load = Callable[[list[torch.nn.Module]], None]
 Adapt = Callable[[list[torch.nn.Module]], None]
 Finish = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, Any]]
+Divergence = Callable[[MicroBatch, torch.Tensor], torch.Tensor]
+"""(micro-batch, this rank's share [T, V / TP] of its logits) -> divergence [T] from a teacher."""
 
 
 class StepFailedError(BasculeError):
@@ -83,7 +86,7 @@ class FrozenModel:
             row_T = self.predictions(batch, output, temperature).logprobs_T
             return output.new_zeros(()), float_row(row_T.cpu().numpy())
 
-        return self._evaluate(micro_batches, finish)
+        return self.evaluate(micro_batches, finish)
 
     def entropies(self, micro_batches: Sequence[MicroBatch], temperature: float) -> list[FloatRow] | None:
         """As `logprobs`, the entropy over the vocabulary at each token in nats."""
@@ -92,7 +95,7 @@ class FrozenModel:
             row_T = self.predictions(batch, output, temperature).entropy_T
             return output.new_zeros(()), float_row(row_T.cpu().numpy())
 
-        return self._evaluate(micro_batches, finish)
+        return self.evaluate(micro_batches, finish)
 
     def logits(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor] | None:
         """Logits [T, V] of every micro-batch in the model's own type; None off the last stage.
@@ -101,12 +104,12 @@ class FrozenModel:
         """
 
         def finish(batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            group = _tensor_parallel_group()
+            group = tensor_parallel_group()
             parts = [torch.empty_like(output[0]) for _ in range(dist.get_world_size(group))]
             dist.all_gather(parts, output[0].contiguous(), group=group)
             return output.new_zeros(()), torch.cat(parts, dim=1)[:, : self.spec.vocab_size]
 
-        return self._evaluate(micro_batches, finish)
+        return self.evaluate(micro_batches, finish)
 
     def move_towards(self, chunks: Sequence[torch.nn.Module], share: float) -> None:
         """Let each parameter be `share` of the one in `chunks`, of the same layout, and the rest as before."""
@@ -116,7 +119,8 @@ class FrozenModel:
                     # In float32: bfloat16 would lose small differences.
                     old.copy_(old.float().lerp_(new.float(), share))
 
-    def _evaluate(self, micro_batches: Sequence[MicroBatch], finish: Finish) -> list[Any] | None:
+    def evaluate(self, micro_batches: Sequence[MicroBatch], finish: Finish) -> list[Any] | None:
+        """What `finish` gave per micro-batch, without gradients; None off the last stage."""
         for chunk in self.chunks:
             chunk.eval()
         with torch.no_grad():
@@ -130,7 +134,7 @@ class FrozenModel:
             self._tensor(batch.labels_T),
             temperature=temperature,
             vocab_size=self.spec.vocab_size,
-            group=_tensor_parallel_group(),
+            group=tensor_parallel_group(),
         )
         return Predictions(logprobs_T=logprobs_T, entropy_T=entropy_T)
 
@@ -237,6 +241,10 @@ class MegatronModel:
         """As FrozenModel.entropies, under the current weights."""
         return self._model.entropies(micro_batches, temperature)
 
+    def evaluate(self, micro_batches: Sequence[MicroBatch], finish: Finish) -> list[Any] | None:
+        """As FrozenModel.evaluate, under the current weights."""
+        return self._model.evaluate(micro_batches, finish)
+
     def step(
         self,
         micro_batches: Sequence[MicroBatch],
@@ -244,14 +252,16 @@ class MegatronModel:
         loss: TokenLoss,
         temperature: float,
         denominator: float | None = None,
+        divergence: Divergence | None = None,
     ) -> StepResult:
         """One optimizer step on this data-parallel rank's `micro_batches`; the same result on every rank.
 
         The loss is the sum of `loss` over the micro-batches of all data-parallel ranks, over `denominator`
         (by default `num_loss_tokens`); metrics, which must have the same names for every micro-batch, are
         sums over `num_loss_tokens`. The gradient is of exactly that loss, whatever the layout. `grad_norm` is
-        its norm before clipping, `learning_rate` the one that was applied. Raises StepFailedError, on every
-        rank and before any weight changes, when loss or gradient is not finite.
+        its norm before clipping, `learning_rate` the one that was applied. `divergence` is asked once for each
+        micro-batch, on the last stage. Raises StepFailedError, on every rank and before any weight changes,
+        when loss or gradient is not finite.
         """
         denominator = float(num_loss_tokens) if denominator is None else denominator
         number = self.scheduler.num_steps
@@ -263,7 +273,7 @@ class MegatronModel:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        finish = partial(self._token_loss, loss, denominator, temperature)
+        finish = partial(self._token_loss, loss, denominator, temperature, divergence)
         parts = self._model.run_schedule(self._wrapped, micro_batches, finish, forward_only=False)
         means = _reduce_sums(parts, self._model.device, num_loss_tokens, denominator)
         _check_finite(number, "loss", means["loss"])
@@ -279,10 +289,14 @@ class MegatronModel:
         loss: TokenLoss,
         denominator: float,
         temperature: float,
+        divergence: Divergence | None,
         batch: MicroBatch,
         output: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        total, metrics = loss(self._model.predictions(batch, output, temperature), batch)
+        predictions = self._model.predictions(batch, output, temperature)
+        if divergence is not None:
+            predictions = replace(predictions, divergence_T=divergence(batch, output[0]))
+        total, metrics = loss(predictions, batch)
         # Divided before the backward pass, so that gradients are summed at their final size.
         return total / denominator, {"loss": total.detach(), **metrics}
 
@@ -365,7 +379,8 @@ def _reduce_sums(
     return means
 
 
-def _tensor_parallel_group() -> Any:
+def tensor_parallel_group() -> Any:
+    """The process group over which this rank's vocabulary is split."""
     # Declared as if a group might be an int.
     return parallel_state.get_tensor_model_parallel_group()
 

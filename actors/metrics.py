@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -23,6 +23,12 @@ class Console(Protocol):
     def progress(self, done: int, total: int) -> None:
         """Show how far the run is."""
         ...
+
+
+def warn(warnings: Sequence[str], console: Console) -> None:
+    """Show what trainers noticed while loading."""
+    for warning in warnings:
+        console.line(f"warning: {warning}")
 
 
 class RunRecorder:
@@ -55,7 +61,7 @@ class RunRecorder:
         self.evaluations.append(row)
         self._write(row)
         self._write_rollouts(step, "eval", scored)
-        name = _evaluated(row)
+        name = headline(metrics)
         self._console.line(f"eval at step {step}: {name} {metrics[f'eval/{name}']:.3f}")
 
     def _write(self, row: Mapping[str, float]) -> None:
@@ -119,9 +125,9 @@ class RunRecorder:
         self._events.close()
 
 
-def _evaluated(row: Mapping[str, float]) -> str:
-    """What an evaluation is about: accuracy, or for sft the loss."""
-    return "accuracy" if "eval/accuracy" in row else "loss"
+def headline(evaluation: Mapping[str, float]) -> str:
+    """What an evaluation is about, without `eval/`: an accuracy, a divergence from a teacher, or a loss."""
+    return next(name for name in ("accuracy", "divergence", "loss") if f"eval/{name}" in evaluation)
 
 
 def finite_or_none(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,9 +150,9 @@ def plot_curve(recorder: RunRecorder, path: Path) -> None:
     points = [(row["step"], row[name]) for row in recorder.rows if name in row]
     axes.plot(*zip(*points, strict=True), linewidth=1.5, label=f"training {name}")
     if recorder.evaluations:
-        measured = _evaluated(recorder.evaluations[0])
-        points = [(row["step"], row[f"eval/{measured}"]) for row in recorder.evaluations]
-        label = "held-out accuracy (greedy)" if measured == "accuracy" else "held-out loss"
+        measure = headline(recorder.evaluations[0])
+        points = [(row["step"], row[f"eval/{measure}"]) for row in recorder.evaluations]
+        label = "held-out accuracy (greedy)" if measure == "accuracy" else f"held-out {measure}"
         axes.plot(*zip(*points, strict=True), "o--", label=label)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -61,8 +61,10 @@ class Reservation:
         }
 
 
-def bundles_of(config: RunConfig, size: ModelSize, device: str) -> tuple[Bundle, ...]:
-    """The bundles of a run, with memory estimated from the size of the model."""
+def bundles_of(
+    config: RunConfig, size: ModelSize, device: str, teacher: ModelSize | None = None
+) -> tuple[Bundle, ...]:
+    """The bundles of a run, with memory estimated from the sizes of the model and of a teacher beside it."""
     trainer, rollout, cluster = config.trainer, config.rollout, config.cluster
     gpus = 1 if device == "cuda" else 0
     item = 2 if config.model.torch_dtype == "bfloat16" else 4
@@ -70,16 +72,16 @@ def bundles_of(config: RunConfig, size: ModelSize, device: str) -> tuple[Bundle,
     shares = _shares(trainer, size)
     state = sum(share * (item + 4) + share * 12 // replicas for share, replicas in shares)
     weights = sum(share for share, _ in shares) * item
-    reference = weights if _has_reference(config) else 0
+    frozen = weights if _has_reference(config) else 0
+    if teacher is not None:
+        frozen += sum(share for share, _ in _shares(trainer, teacher)) * item
     if config.tuner.tuner_type == "lora":
         # Gradients and optimizer state are of adapters, which are a few hundredths of the model.
         state = weights + weights // 4
     ranks = [
-        Bundle(
-            owner="trainer", cpus=cluster.cpus_per_trainer_rank, gpus=gpus, memory=_GIB + state + reference
-        )
+        Bundle(owner="trainer", cpus=cluster.cpus_per_trainer_rank, gpus=gpus, memory=_GIB + state + frozen)
     ] * trainer.world_size
-    if config.algorithm == "sft":
+    if not config.has_engines:
         return tuple(ranks)
     cache = rollout.kv_cache_memory_bytes if device == "cpu" else 0
     engine = Bundle(
@@ -95,7 +97,9 @@ def bundles_of(config: RunConfig, size: ModelSize, device: str) -> tuple[Bundle,
         if settings.offload_bridge
         else 2 * int(settings.bucket_size_mb * (1 << 20))
     )
-    small = [Bundle(owner="reward", cpus=_SMALL_CPUS, gpus=0, memory=_GIB // 2)]
+    small: list[Bundle] = []
+    if config.algorithm == "grpo":
+        small.append(Bundle(owner="reward", cpus=_SMALL_CPUS, gpus=0, memory=_GIB // 2))
     if settings.placement == "trainer":
         ranks[0] = replace(ranks[0], memory=ranks[0].memory + held)
     else:

@@ -3,16 +3,16 @@
 import json
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from actors.adapter_source import find_adapter, read_adapter
 from actors.cluster import connect
+from actors.distill import Lessons, describe_lessons, find_teacher, make_lessons, run_gkd
 from actors.engine_support import check_adapter_modules, check_engines, check_not_quantized
 from actors.env import check_one_source, resolve_device
-from actors.metrics import Console, RunRecorder, finite_or_none, plot_curve
+from actors.metrics import Console, RunRecorder, finite_or_none, headline, plot_curve, warn
 from actors.model_source import (
     Contents,
     ModelSource,
@@ -60,38 +60,47 @@ class Prepared:
     samples: Samples
     held_out_samples: Samples
     rewards: tuple[Reward, ...]
+    lessons: Lessons | None
+    """Of gkd."""
 
 
 def prepare(config: RunConfig) -> Prepared:
     """Check model, layout, data and rewards. Raises BasculeError about the first thing that is wrong."""
     check_one_source()
     device = resolve_device(config.model.device)
-    is_grpo = config.algorithm == "grpo"
-    if is_grpo and device == "cpu" and config.bridge.transport == "cupy_nccl":
+    is_grpo, has_engines = config.algorithm == "grpo", config.has_engines
+    if has_engines and device == "cpu" and config.bridge.transport == "cupy_nccl":
         raise ConfigError(
             "bridge.transport: cupy_nccl moves bytes from GPU to GPU; on a cpu it has to be gloo"
         )
     source = find_model(config.model.model, config.model.mcore_model, "model.model")
-    spec, contents = _check_model(source, config, has_engines=is_grpo)
+    spec, contents = _check_model(source, config, has_engines=has_engines)
     adapter = find_adapter(config.tuner, ModelBridge(source.directory, contents.tensors))
     family, _ = spec_of(source.directory)
     frozen = frozen_parameters(family, spec, contents.tensors, config.trainer.freeze)
     sources = Sources(model=source, adapter=adapter, frozen=frozen)
-    if is_grpo and adapter is not None and config.rollout.vllm_enable_lora:
+    if has_engines and adapter is not None and config.rollout.vllm_enable_lora:
         check_adapter_modules(read_hf_config(source.directory), sorted(adapter.modules), device)
     if is_grpo:
         sources = _with_reference(config, sources, spec, contents)
     size = model_size(source, contents.tensors)
     tokenizer = load_tokenizer(source.directory)
-    rows = read_rows(config.data, "train", config.seed)
-    prompts = make_prompts(rows, tokenizer, config.data) if is_grpo else []
-    held_out_rows = read_rows(config.data, "eval", config.seed)
+    teacher, lessons = None, None
+    if config.algorithm == "gkd":
+        found, teacher = find_teacher(config, source)
+        sources, lessons = replace(sources, teacher=found), make_lessons(config, tokenizer)
+    rows, held_out_rows = (
+        [] if lessons else read_rows(config.data, split, config.seed) for split in ("train", "eval")
+    )
+    prompts = (
+        make_prompts(rows, tokenizer, config.data) if is_grpo else list(lessons.prompts if lessons else ())
+    )
     held_out = make_prompts(held_out_rows, tokenizer, config.data) if is_grpo else []
     samples, held_out_samples = (
         make_sft_samples([] if is_grpo else part, tokenizer, config.sft, config.data)
         for part in (rows, held_out_rows)
     )
-    if not is_grpo:
+    if config.algorithm == "sft":
         config = with_steps_of_epochs(config, len(samples.kept))
     rewards = load_rewards(config.rewards) if is_grpo else ()
     for prompt in [*prompts, *held_out]:
@@ -106,12 +115,13 @@ def prepare(config: RunConfig) -> Prepared:
         spec=spec,
         num_parameters=size.num_parameters,
         device=device,
-        bundles=bundles_of(config, size, device),
+        bundles=bundles_of(config, size, device, teacher),
         prompts=tuple(prompts),
         held_out=tuple(held_out),
         samples=samples,
         held_out_samples=held_out_samples,
         rewards=tuple(rewards),
+        lessons=lessons,
     )
 
 
@@ -170,10 +180,10 @@ def _check_length(prompt: Prompt, config: RunConfig, spec: MegatronSpec) -> None
         raise ConfigError(
             f"rollout.max_model_len: {limit} exceeds the model's own {spec.max_sequence_length}"
         )
-    longest = config.grpo.max_completion_length
+    longest = config.max_completion_length
     if not 0 < prompt.tokens.size <= limit - longest:
         raise ConfigError(
-            f"data: prompt {prompt.id} has {prompt.tokens.size} tokens; with grpo.max_completion_length {longest} "
+            f"data: prompt {prompt.id} has {prompt.tokens.size} tokens; with max_completion_length {longest} "
             f"it must have 1 to {limit - longest}, since rollout.max_model_len is {limit}"
         )
 
@@ -190,7 +200,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     console.line(f"run directory: {directory}")
     recorder = RunRecorder(directory, config.max_steps, console)
     with connect(config.cluster) as cluster:
-        train = _run_grpo if config.algorithm == "grpo" else _run_sft
+        train = {"grpo": _run_grpo, "gkd": run_gkd, "sft": _run_sft}[config.algorithm]
         try:
             reservation = reserve(
                 prepared.bundles, timeout_s=config.cluster.placement_timeout_s, can_grow=not cluster.local
@@ -208,7 +218,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     }
     if recorder.evaluations:
         first, last = recorder.evaluations[0], recorder.evaluations[-1]
-        name = "accuracy" if config.algorithm == "grpo" else "loss"
+        name = headline(first)
         measured = {f"{name}_before": first[f"eval/{name}"], f"{name}_after": last[f"eval/{name}"]}
         if name == "loss":
             measured["loss_best"] = last["eval/best_loss"]
@@ -225,49 +235,27 @@ def _run_grpo(
     directory: Path,
     console: Console,
 ) -> None:
-    from actors.bridge import WeightBridge
-    from actors.engine_group import create_engines
+    from actors.launch import launch
     from actors.reward_worker import create_reward_group
 
     start = time.monotonic()
-    source, adapter = prepared.sources.model, prepared.sources.adapter
-    # What engines are sent in place of the model.
-    sent = adapter if config.rollout.vllm_enable_lora else None
-    engines = create_engines(
-        config,
-        str(source.directory),
-        reservation.group,
-        reservation.indices("engine"),
-        with_weights=source.mcore is None,
-        max_lora_rank=sent.largest_rank if sent is not None else None,
-        lora_modules=sent.leaves if sent is not None else None,
-    )
-    # Watching engines ends before the run leaves Ray, whatever happens.
-    with closing(engines):
-        # Both take a good part of a minute on a small machine; neither needs the other.
-        starting = engines.start()
-        trainers = TrainerGroup(config, reservation, prepared.device, prepared.sources, directory)
-        _warn(trainers.warnings, console)
-        engines.ready(starting, config.cluster.start_timeout_s)
-        weights = WeightBridge(
-            config,
-            reservation,
-            trainers,
-            engines,
-            # An adapter that has been trained before is not in the files that engines read.
-            version=0 if source.mcore is None and (adapter is None or adapter.is_new) else None,
-            probe=prepared.prompts[0].tokens.tolist(),
-            adapter=None if sent is None else sent.peft_config(source.directory),
-        )
-        if source.mcore is not None:
-            weights.sync(0)
+    probe = prepared.prompts[0].tokens.tolist()
+    with launch(
+        config, prepared.sources, prepared.device, reservation, directory, console, probe=probe
+    ) as actors:
         judge = create_reward_group(config, reservation.group, reservation.indices("reward")[0])
         console.line(f"trainers, engines and bridge are up after {time.monotonic() - start:.1f}s")
-        roles = Roles(trainer=trainers, sampler=engines, judge=judge, weights=weights, recorder=recorder)
+        roles = Roles(
+            trainer=actors.trainers,
+            sampler=actors.engines,
+            judge=judge,
+            weights=actors.weights,
+            recorder=recorder,
+        )
         prompts = PromptStream(prepared.prompts, seed=config.seed, shuffle=config.data.shuffle)
         with recorder:
             grpo.train(config, roles, prompts, prepared.held_out)
-    trainers.save_last()
+    actors.trainers.save_last()
     judge.close()
 
 
@@ -281,7 +269,7 @@ def _run_sft(
 ) -> None:
     start = time.monotonic()
     trainers = TrainerGroup(config, reservation, prepared.device, prepared.sources, directory)
-    _warn(trainers.warnings, console)
+    warn(trainers.warnings, console)
     console.line(f"trainers are up after {time.monotonic() - start:.1f}s")
     if prepared.samples.truncated or prepared.samples.dropped:
         console.line(f"data: {prepared.samples.describe()}")
@@ -289,11 +277,6 @@ def _run_sft(
     with recorder:
         sft.train(config, trainers, samples, prepared.held_out_samples.kept, recorder)
     trainers.save_last()
-
-
-def _warn(warnings: Sequence[str], console: Console) -> None:
-    for warning in warnings:
-        console.line(f"warning: {warning}")
 
 
 def _is_own_checkpoint(directory: Path, path: Path) -> bool:
@@ -324,7 +307,10 @@ def _make_directory(config: RunConfig, prepared: Prepared) -> Path:
     """The run directory, with the resolved config in it. Raises ConfigError when it holds a run already."""
     directory = config.output_dir.resolve()
     sources = prepared.sources
-    found = (sources.model, sources.reference, sources.adapter, sources.reference_adapter)
+    found = (
+        *(sources.model, sources.reference, sources.teacher),
+        *(sources.adapter, sources.reference_adapter),
+    )
     read = [path for each in found if each is not None for path in (each.directory, each.mcore) if path]
     if any(_is_own_checkpoint(directory, path) for path in read):
         raise ConfigError(
@@ -388,6 +374,8 @@ def describe(prepared: Prepared) -> Sequence[str]:
             *(f"doubtful: {doubt}" for doubt in doubts(settings, len(prepared.rewards))),
             *(f"reward: {reward.name}, weight {reward.weight:g}" for reward in prepared.rewards),
         ]
+    elif prepared.lessons is not None:
+        lines += describe_lessons(config, prepared.sources, prepared.lessons)
     else:
         held_out = prepared.held_out_samples
         lines += [

@@ -67,6 +67,14 @@ class TrainerGroup:
         ]
         return self._rows(refs, "entropies")
 
+    def divergences(self, batch: Batch) -> tuple[tuple[FloatRow, ...], ...]:
+        """Divergence of the policy from the teacher at each token, by data-parallel rank and micro-batch."""
+        refs = [
+            rank.divergences.remote(batch.ranks[self._replica(number)])
+            for number, rank in enumerate(self.ranks)
+        ]
+        return self._rows(refs, "divergences")
+
     def move_reference(self, share: float) -> None:
         """Let the reference be `share` of the policy and the rest of what it was."""
         self._all([rank.move_reference.remote(share) for rank in self.ranks], "move of the reference")

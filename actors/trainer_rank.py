@@ -20,6 +20,7 @@ from configs.sizes import parse_size
 if TYPE_CHECKING:
     from actors.megatron_model import FrozenModel, MegatronModel
     from actors.megatron_setup import Device
+    from actors.megatron_teacher import Teacher
     from bridge.adapter_bridge import AdapterBridge
     from bridge.model_bridge import ModelBridge
 
@@ -38,6 +39,7 @@ class Sources:
     reference: ModelSource | None = None
     """Of a model of its own; without one the reference of a run with an adapter is the model without it."""
     reference_adapter: AdapterSource | None = None
+    teacher: ModelSource | None = None
     frozen: frozenset[str] = frozenset()
     """Global names of parameters that are not trained (bridge.frozen)."""
 
@@ -60,6 +62,7 @@ class TrainerRank:
         self._device = device
         self._model: MegatronModel
         self._reference: FrozenModel | None = None
+        self._teacher: Teacher | None = None
         self._weights: ModelBridge
         self._adapters: AdapterBridge | None = None
         self._sources: Sources
@@ -96,16 +99,18 @@ class TrainerRank:
         load = partial(_load, self._weights, source, warnings)
         self._model = MegatronModel(config, self._weights.spec, device=device, load=load, adapt=adapt)
         if sources.reference is not None:
-            self._reference = self._load_reference(sources, warnings)
+            self._reference = self._load_frozen(sources.reference, sources.reference_adapter, warnings)
+        if config.algorithm == "gkd":
+            self._teacher = self._load_teacher(sources.teacher, warnings)
         self._parameters, self._plan = self._what_is_synced()
         return Started(plan=self._plan if self._rank == 0 else None, warnings=tuple(warnings))
 
-    def _load_reference(self, sources: Sources, warnings: list[str]) -> "FrozenModel":
+    def _load_frozen(
+        self, source: ModelSource, adapter: AdapterSource | None, warnings: list[str]
+    ) -> "FrozenModel":
         from actors.megatron_model import FrozenModel
         from bridge.model_bridge import ModelBridge
 
-        source, adapter = sources.reference, sources.reference_adapter
-        assert source is not None, "a run without a reference loads none"
         bridge = ModelBridge(source.directory, tensors_of(source))
         return FrozenModel(
             self._config.trainer,
@@ -117,6 +122,14 @@ class TrainerRank:
             if adapter is None
             else partial(_adapt, adapter.bridge(bridge), adapter, self._config.seed, warnings),
         )
+
+    def _load_teacher(self, source: ModelSource | None, warnings: list[str]) -> "Teacher":
+        from actors.megatron_teacher import GivenTeacher, MegatronTeacher
+
+        if source is None:
+            return GivenTeacher(self._config.gkd, self._weights.spec.vocab_size)
+        frozen = self._load_frozen(source, None, warnings)
+        return MegatronTeacher(frozen, self._config.gkd, self._weights.spec.vocab_size)
 
     def _what_is_synced(self) -> tuple[Mapping[str, torch.Tensor], Plan]:
         """What engines are sent, and how: the whole model, with adapters in it, or these alone."""
@@ -139,7 +152,18 @@ class TrainerRank:
         from algorithms.losses import loss_of
 
         loss, temperature = loss_of(self._config), self._config.loss_temperature
-        return self._model.step(micro_batches, num_loss_tokens, loss, temperature, denominator)
+        divergence = None
+        if self._teacher is not None:
+            self._teacher.look_at(micro_batches)
+            divergence = self._teacher.divergence
+        return self._model.step(micro_batches, num_loss_tokens, loss, temperature, denominator, divergence)
+
+    def divergences(self, micro_batches: Sequence[MicroBatch]) -> list[FloatRow] | None:
+        """Divergence from the teacher at each token on the last pipeline stage, else None."""
+        from actors.megatron_teacher import divergences
+
+        assert self._teacher is not None, "a run of gkd has a teacher"
+        return divergences(self._teacher, self._model, micro_batches)
 
     def entropies(self, micro_batches: Sequence[MicroBatch]) -> list[FloatRow] | None:
         """Entropies at the loss's temperature on the last pipeline stage, else None."""

@@ -85,6 +85,15 @@ class Scored:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TopTokens:
+    """A teacher's likeliest tokens in place of each of L tokens, and their natural log-probabilities: [L, K]
+    each. An id of -1 is no token; the first token of a sequence, which nothing predicts, has none."""
+
+    ids: IntRow
+    logprobs: FloatRow
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSample:
     """A sequence to train on; every row has one entry per token of prompt and completion.
 
@@ -101,6 +110,8 @@ class TrainSample:
     old_logprobs: FloatRow | None = None
     ref_logprobs: FloatRow | None = None
     policy_mask: IntRow | None = None
+    teacher: str = ""
+    """Which teacher is asked, where there are several."""
 
     @property
     def num_loss_tokens(self) -> int:
@@ -132,6 +143,8 @@ class MicroBatch:
     old_logprobs_T: FloatRow | None = None
     ref_logprobs_T: FloatRow | None = None
     policy_mask_T: IntRow | None = None
+    teacher_ids_TK: IntRow | None = None
+    teacher_logprobs_TK: FloatRow | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,14 +2,14 @@
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from algorithms.data import Batch, FloatRow, MicroBatch, TrainSample, float_row, int_row
+from algorithms.data import Batch, FloatRow, MicroBatch, TopTokens, TrainSample, float_row, int_row
 from configs.errors import BasculeError
 from configs.schema import TrainerConfig
 
@@ -86,6 +86,24 @@ def unpack(batch: Batch, rows: Rows) -> list[FloatRow]:
                 if number >= 0:
                     found[number] = float_row(np.concatenate([[0.0], row[start : end - 1]]))
     return [found[number] for number in range(len(found))]
+
+
+def with_top_tokens(batch: Batch, tops: Sequence[TopTokens]) -> Batch:
+    """The batch with what a teacher says of each packed sample, in the samples' order."""
+    k = max(top.ids.shape[1] for top in tops)
+
+    def filled(micro: MicroBatch) -> MicroBatch:
+        ids_TK = np.full((micro.tokens_T.size, k), -1, np.int32)
+        logprobs_TK = np.zeros((micro.tokens_T.size, k), np.float32)
+        for number, start in zip(micro.samples_S, micro.starts_S[:-1], strict=True):
+            if number >= 0:
+                # What belongs to a token moves to where it is predicted.
+                ids, logprobs = tops[number].ids[1:], tops[number].logprobs[1:]
+                place = slice(start, start + len(ids)), slice(0, ids.shape[1])
+                ids_TK[place], logprobs_TK[place] = ids, logprobs
+        return replace(micro, teacher_ids_TK=int_row(ids_TK), teacher_logprobs_TK=float_row(logprobs_TK))
+
+    return replace(batch, ranks=tuple(tuple(map(filled, micros)) for micros in batch.ranks))
 
 
 def _bins(sizes: Sequence[int], trainer: TrainerConfig) -> list[list[int]]:

@@ -1,12 +1,23 @@
 """The roles a training loop is written against. actors/ implements them; tests use small fakes."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from algorithms.data import Batch, FloatRow, Group, MicroBatch, Prompt, SamplingSettings, Scored, StepResult
+from algorithms.data import (
+    Batch,
+    FloatRow,
+    Group,
+    MicroBatch,
+    Prompt,
+    SamplingSettings,
+    Scored,
+    StepResult,
+    TopTokens,
+    TrainSample,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +67,14 @@ class Trainer(Protocol):
 
     def rate(self, step: int, score: float) -> None:
         """How good the weights of this step are, the more the better; the best checkpoint is marked."""
+        ...
+
+
+class TopTeacher(Protocol):
+    """A teacher that is asked for its likeliest tokens, wherever it runs."""
+
+    def top_tokens(self, samples: Sequence[TrainSample]) -> list[TopTokens]:
+        """Of each sample, as many tokens in place of each of its tokens."""
         ...
 
 

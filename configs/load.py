@@ -12,7 +12,17 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from configs.errors import ConfigError
-from configs.options import Option, list_options, nearest, option_at, resolve_key, section_of, show, type_text
+from configs.options import (
+    Option,
+    algorithms,
+    list_options,
+    nearest,
+    option_at,
+    resolve_key,
+    section_of,
+    show,
+    type_text,
+)
 from configs.schema import RunConfig
 
 S = TypeVar("S", bound=BaseModel)
@@ -87,8 +97,9 @@ def load_settings(
         # A section left out, or with all of its keys commented out, is an empty one.
         if inner is not None and not many and (info.is_required() or name in tree):
             tree[name] = {} if tree.get(name) is None else tree[name]
+    running = tree.get("algorithm") if algorithm is None else algorithm
     for key, text in _split_words(overrides):
-        place, option = resolve_key(key, options)
+        place, option = resolve_key(key, options, running)
         _assign(tree, place, _parse_value(key, text, option, place), key)
         sources.typed.add(".".join(map(str, place)))
     if algorithm is not None:
@@ -215,7 +226,7 @@ def _check_algorithm(
     tree: Mapping[str, Any], algorithm: str, options: Sequence[Option], sources: _Sources
 ) -> None:
     given = tree.get("algorithm", algorithm)
-    choices = next(get_args(option.annotation) for option in options if option.path == ("algorithm",))
+    choices = algorithms(options)
     if given not in choices:
         raise ConfigError(f"{sources.where('algorithm')} is {show(given)}; it is one of {', '.join(choices)}")
     if given != algorithm:

@@ -55,10 +55,13 @@ def list_options(schema: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[
     return options
 
 
-def resolve_key(key: str, options: Sequence[Option]) -> tuple[list[str | int], Option]:
+def resolve_key(
+    key: str, options: Sequence[Option], algorithm: str | None = None
+) -> tuple[list[str | int], Option]:
     """The place that `section.key`, or a leaf name that is unique, stands for, and its option.
 
-    Raises ConfigError for an unknown key (with the nearest one) or an ambiguous leaf (with all of them).
+    With an `algorithm` a leaf name is not that of another algorithm's section, if there is any other. Raises
+    ConfigError for an unknown key (with the nearest one) or an ambiguous leaf (with all of them).
     """
     parts = key.split(".")
     for option in options:
@@ -69,6 +72,9 @@ def resolve_key(key: str, options: Sequence[Option]) -> tuple[list[str | int], O
         for option in options
         if "N" not in option.path and (place := match_place(parts, option.path[-1:], option)) is not None
     ]
+    if len(found) > 1 and algorithm is not None:
+        others = set(algorithms(options)) - {algorithm}
+        found = [each for each in found if each[1].path[0] not in others]
     if len(found) == 1:
         return found[0]
     if found:
@@ -78,6 +84,11 @@ def resolve_key(key: str, options: Sequence[Option]) -> tuple[list[str | int], O
     if inside:
         raise ConfigError(f"command line: --{key} is a section; give one of its keys: {', '.join(inside)}")
     raise ConfigError(f"command line: --{key} is not an option{nearest(parts, options, '--')}")
+
+
+def algorithms(options: Sequence[Option]) -> tuple[str, ...]:
+    """What a run's `algorithm` may be; each has a section of its name."""
+    return next((get_args(option.annotation) for option in options if option.path == ("algorithm",)), ())
 
 
 def _starts_with(path: tuple[str, ...], parts: Sequence[str]) -> bool:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from configs.data import DataConfig, check_data
 from configs.errors import ConfigError
+from configs.gkd import GKDConfig, check_gkd
 from configs.grpo import GRPOConfig, check_grpo
 from configs.section import Names, Section
 from configs.sft import SFTConfig
@@ -16,7 +17,7 @@ from configs.tuner import TunerConfig, check_tuner
 
 
 class ModelConfig(Section):
-    """The policy and its reference."""
+    """The policy, its reference and its teacher."""
 
     model: str | None = Field(default=None, min_length=1)
     """Directory with a Hugging Face checkpoint, or a hub name on a machine that reaches the hub."""
@@ -26,6 +27,10 @@ class ModelConfig(Section):
     """Reference for the KL term; by default the model as it was at the start."""
     mcore_ref_model: Path | None = None
     """Megatron torch_dist checkpoint of the reference."""
+    teacher_model: str | None = Field(default=None, min_length=1)
+    """Teacher of gkd, a model with the same tokenizer."""
+    mcore_teacher_model: Path | None = None
+    """Megatron torch_dist checkpoint of the teacher."""
     torch_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the trained parameters and of the engines. In bfloat16 the optimizer keeps float32 copies."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -208,7 +213,7 @@ class ClusterConfig(Section):
 class RunConfig(Section):
     """A run: everything that decides its outcome."""
 
-    algorithm: Literal["grpo", "sft"] = "grpo"
+    algorithm: Literal["grpo", "gkd", "sft"] = "grpo"
     """Set by the command; in a file it tells which command the file is for."""
     output_dir: Path = Path("runs/run")
     """Everything the run writes is in here."""
@@ -217,7 +222,7 @@ class RunConfig(Section):
     seed: int = Field(default=42, ge=0)
     """Seed of data order, sampling and initialisation."""
     max_steps: int = Field(default=100, ge=1)
-    """Generation steps (grpo) or optimizer steps (sft, unless sft.num_train_epochs decides)."""
+    """Generation steps (grpo) or optimizer steps (gkd; sft, unless sft.num_train_epochs decides)."""
     eval_steps: int = Field(default=0, ge=0)
     """Evaluate every this many steps, besides before and after; 0 for only those."""
     model: ModelConfig
@@ -225,6 +230,7 @@ class RunConfig(Section):
     tuner: TunerConfig = TunerConfig()
     rollout: RolloutConfig = RolloutConfig()
     grpo: GRPOConfig = GRPOConfig()
+    gkd: GKDConfig = GKDConfig()
     sft: SFTConfig = SFTConfig()
     data: DataConfig
     rewards: tuple[RewardConfig, ...] = ()
@@ -235,7 +241,23 @@ class RunConfig(Section):
     @property
     def loss_temperature(self) -> float:
         """What the trainer divides logits by: the sampling temperature for grpo, so that both agree."""
-        return self.grpo.temperature if self.algorithm == "grpo" else 1.0
+        match self.algorithm:
+            case "grpo":
+                return self.grpo.temperature
+            case "gkd":
+                return self.gkd.divergence_temperature
+            case "sft":
+                return 1.0
+
+    @property
+    def has_engines(self) -> bool:
+        """Whether the policy itself completes prompts."""
+        return self.algorithm == "grpo" or (self.algorithm == "gkd" and self.gkd.lmbda > 0)
+
+    @property
+    def max_completion_length(self) -> int:
+        """Longest completion that engines are asked for."""
+        return self.gkd.max_completion_length if self.algorithm == "gkd" else self.grpo.max_completion_length
 
     @property
     def optimizer_steps(self) -> int:
@@ -265,6 +287,9 @@ class RunConfig(Section):
                     f"rollout.max_num_seqs: {self.rollout.max_num_seqs} is less than "
                     f"grpo.num_generations {grpo.num_generations}; one group must fit into an engine"
                 )
+        if self.algorithm == "gkd":
+            teachers = (self.model.teacher_model, self.model.mcore_teacher_model)
+            check_gkd(self.gkd, has_teacher_model=any(each is not None for each in teachers))
         check_data(self.data)
         check_tuner(self.tuner)
         if grpo.sync_ref_model and self.tuner.tuner_type == "lora":

@@ -123,6 +123,20 @@ def test_ambiguous_leaf_names_its_candidates() -> None:
     assert resolve_key("seed", options)[0] == ["seed"]
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "gkd"])
+def test_a_leaf_that_several_algorithms_have_is_that_of_the_one_that_runs(algorithm: str) -> None:
+    words = [*NEEDED, "--teacher_model", "t", "--beta", "0.25", "--max_completion_length", "7"]
+    config = load_config(None, words, algorithm)
+    found = {"grpo": (config.grpo.beta, config.grpo.max_completion_length)}
+    found["gkd"] = (config.gkd.beta, config.gkd.max_completion_length)
+    assert found.pop(algorithm) == (0.25, 7)
+    assert list(found.values()) != [(0.25, 7)]
+    options = list_options(RunConfig)
+    with pytest.raises(ConfigError, match=r"--beta is ambiguous; write --grpo\.beta or --gkd\.beta"):
+        resolve_key("beta", options)
+    assert resolve_key("gkd.beta", options, "grpo")[0] == ["gkd", "beta"]
+
+
 def test_every_complaint_about_a_file_is_one_line_with_its_place(tmp_path: Path) -> None:
     path = write(
         tmp_path,
@@ -235,7 +249,7 @@ def test_a_file_for_another_command_names_the_right_one(tmp_path: Path) -> None:
     assert complaint(path) == f"{path}:2: algorithm is sft, so run `bascule sft`, not `bascule grpo`"
     assert load_config(path, NEEDED, "sft").algorithm == "sft"
     assert "--algorithm is sft, so run `bascule sft`" in complaint(None, "--algorithm", "sft")
-    assert "algorithm is 'x'; it is one of grpo, sft" in complaint(None, "--algorithm", "x")
+    assert "algorithm is 'x'; it is one of grpo, gkd, sft" in complaint(None, "--algorithm", "x")
 
 
 def test_rules_between_sections_are_told_without_pydantics_words(tmp_path: Path) -> None:

@@ -1,0 +1,180 @@
+"""Generalized knowledge distillation: completions, own or given -> train step towards the teacher."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from algorithms.clock import Clock
+from algorithms.data import (
+    Batch,
+    FloatRow,
+    Group,
+    Prompt,
+    SamplingSettings,
+    Scored,
+    TrainSample,
+    float_row,
+    int_row,
+)
+from algorithms.packing import pack, with_top_tokens
+from algorithms.prompts import PromptStream
+from algorithms.roles import Recorder, Sampler, TopTeacher, Trainer, WeightSync
+from configs.schema import RunConfig
+
+
+class Distiller(Trainer, Protocol):
+    """The student, and its teacher."""
+
+    def divergences(self, batch: Batch) -> tuple[tuple[FloatRow, ...], ...]:
+        """Divergence of the student from the teacher at each token, by rank and micro-batch, each of length T."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Student:
+    """What completes prompts as the student would: engines, and the way of its weights to them."""
+
+    sampler: Sampler
+    weights: WeightSync
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Roles:
+    """Everything the loop talks to. `student` is None in a run without on-policy steps, `teacher` in one whose
+    trainer has the teacher."""
+
+    trainer: Distiller
+    student: Student | None
+    teacher: TopTeacher | None = None
+    recorder: Recorder
+
+
+def train(
+    config: RunConfig,
+    roles: Roles,
+    prompts: PromptStream[Prompt] | None,
+    samples: PromptStream[TrainSample] | None,
+    held_out: Sequence[TrainSample],
+) -> None:
+    """Run `max_steps` optimizer steps of `gkd.batch_size` samples; evaluate before, after, and every `eval_steps`.
+
+    A step is on-policy with probability `gkd.lmbda`: the student completes `prompts`, under weights that engines
+    are sent just before. Other steps take `samples`.
+    """
+    roles.recorder.evaluation(0, (), evaluate(config, roles, held_out))
+    for step in range(1, config.max_steps + 1):
+        clock = Clock()
+        metrics: dict[str, float] = {"on_policy": float(is_on_policy(config, step))}
+        if is_on_policy(config, step):
+            assert roles.student is not None, "a run with on-policy steps has engines"
+            assert prompts is not None, "and prompts"
+            with clock("sync"):
+                metrics |= roles.student.weights.sync(step - 1)
+            with clock("generate"):
+                requests = _requests(config, prompts.take(config.gkd.batch_size), step)
+                groups = sorted(roles.student.sampler.generate(requests), key=_place)
+            roles.recorder.rollouts(step, map(_unscored, groups))
+            taken = [
+                sample
+                for group in groups
+                for sample in to_samples(group, teacher_of(group.prompt.columns, config))
+            ]
+        else:
+            assert samples is not None, "a run with other steps has samples"
+            taken = [_of_dataset(sample) for sample in samples.take(config.gkd.batch_size)]
+        with clock("teach"):
+            batch = _batch(config, roles, taken)
+        with clock("train"):
+            result = roles.trainer.step(batch)
+        metrics |= {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
+        metrics |= dict(result.metrics) | clock.metrics()
+        metrics["tokens_per_second"] = batch.num_loss_tokens / metrics["time/step"]
+        roles.recorder.step(step, metrics)
+        if config.saves_at(step):
+            roles.trainer.save(step)
+        if step == config.max_steps or (config.eval_steps and step % config.eval_steps == 0):
+            roles.recorder.evaluation(step, (), evaluate(config, roles, held_out))
+
+
+def _batch(config: RunConfig, roles: Roles, samples: Sequence[TrainSample]) -> Batch:
+    batch = pack(samples, config.trainer)
+    return batch if roles.teacher is None else with_top_tokens(batch, roles.teacher.top_tokens(samples))
+
+
+def evaluate(config: RunConfig, roles: Roles, held_out: Sequence[TrainSample]) -> dict[str, float]:
+    """`eval/divergence`: the mean over all tokens of the held-out completions; nothing without any."""
+    if not held_out:
+        return {}
+    batch = _batch(config, roles, held_out)
+    total = sum(
+        float(np.sum(row * micro.loss_mask_T, dtype=np.float64))
+        for micros, rows in zip(batch.ranks, roles.trainer.divergences(batch), strict=True)
+        for micro, row in zip(micros, rows, strict=True)
+    )
+    return {"eval/divergence": total / batch.num_loss_tokens}
+
+
+def is_on_policy(config: RunConfig, step: int) -> bool:
+    """Whether this step trains on completions of the student: drawn from the seed for every step by itself."""
+    drawn = np.random.default_rng((config.seed, step)).random()
+    return bool(drawn < config.gkd.lmbda)
+
+
+def teacher_of(columns: Mapping[str, Any], config: RunConfig) -> str:
+    """Which teacher a row is for, by its column; "" where there is one."""
+    column = config.gkd.teacher_column
+    return "" if column is None else str(columns[column])
+
+
+def to_samples(group: Group, teacher: str = "") -> list[TrainSample]:
+    """Completions of a prompt as sequences to train on, without those that were aborted."""
+    prompt = group.prompt.tokens
+    before = np.zeros(prompt.size, np.float32)
+    return [
+        TrainSample(
+            tokens=int_row(np.concatenate([prompt, rollout.tokens])),
+            loss_mask=int_row(np.concatenate([before, rollout.loss_mask])),
+            advantages=float_row(np.zeros(prompt.size + rollout.tokens.size)),
+            logprobs=float_row(np.concatenate([before, rollout.logprobs])),
+            version=rollout.versions[0],
+            teacher=teacher,
+        )
+        for rollout in group.rollouts
+        if rollout.finish != "abort"
+    ]
+
+
+def _of_dataset(sample: TrainSample) -> TrainSample:
+    """With an advantage of 1, by which the loss knows where cross-entropy is added (losses.gkd_loss)."""
+    return replace(sample, advantages=float_row(np.ones(sample.tokens.size)))
+
+
+def _requests(
+    config: RunConfig, prompts: Sequence[Prompt], step: int
+) -> Iterator[tuple[Prompt, SamplingSettings]]:
+    gkd = config.gkd
+    for position, prompt in enumerate(prompts):
+        seed = np.random.SeedSequence((config.seed, step, position)).generate_state(1)[0]
+        yield (
+            prompt,
+            SamplingSettings(
+                n=1,
+                max_tokens=gkd.max_completion_length,
+                temperature=gkd.temperature,
+                top_p=gkd.top_p,
+                top_k=gkd.top_k,
+                stop=gkd.stop,
+                seed=int(seed),
+            ),
+        )
+
+
+def _place(group: Group) -> tuple[str, bytes]:
+    """Groups finish in any order; the batch, and so the run, must not depend on it."""
+    return group.prompt.id, group.rollouts[0].tokens.tobytes()
+
+
+def _unscored(group: Group) -> Scored:
+    return Scored(group=group, rewards=float_row([np.nan] * len(group.rollouts)), parts={})

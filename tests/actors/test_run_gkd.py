@@ -1,0 +1,140 @@
+"""GKD by its command: a student comes near its teacher, measured by transformers on the checkpoint."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from actors.cli import main
+from tests.actors import gkd_reference
+from tests.actors.engine_helpers import make_model, save_tokenizer
+from tests.actors.run_helpers import Finished, make_workspace, rows, run
+
+pytestmark = pytest.mark.e2e
+
+COMMON = (
+    *("--torch_dtype", "float32", "--num_cpus", "4", "--step_timeout_s", "120", "--max_model_len", "64"),
+    *("--kv_cache_memory_bytes", str(32 << 20), "--micro_batch_size", "8", "--batch_size", "16"),
+    *("--max_completion_length", "10"),
+)
+RUNS = {
+    "half": [
+        *("--lmbda", "0.5", "--beta", "0", "--tensor_model_parallel_size", "2", "--sequence_parallel"),
+        *("--lr", "1e-2", "--max_steps", "30", "--eval_steps", "15"),
+    ],
+    "adapters": [
+        *("--lmbda", "1", "--beta", "0.5", "--pipeline_model_parallel_size", "2", "--tuner_type", "lora"),
+        *("--lr", "1e-2", "--max_steps", "4", "--gkd_logits_topk", "20", "--loss_temperature", "same"),
+        *("--temperature", "0.9", "--offload_teacher"),
+    ],
+    "given": [
+        *("--lmbda", "0", "--beta", "1", "--sft_alpha", "0.1", "--data_parallel_size", "2", "--lr", "1e-2"),
+        *("--max_steps", "4"),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_workspace(tmp_path_factory.mktemp("gkd"))
+    make_model("llama", seed=7).save_pretrained(folder / "teacher")
+    save_tokenizer(folder / "teacher")
+    return folder
+
+
+def words(workspace: Path, name: str) -> list[str]:
+    return [
+        *("gkd", "--model", str(workspace / "model"), "--teacher_model", str(workspace / "teacher")),
+        *("--dataset", str(workspace / "train.jsonl"), "--eval_dataset", str(workspace / "eval.jsonl")),
+        *("--output_dir", str(workspace / name), *COMMON, *RUNS[name]),
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(workspace: Path) -> dict[str, Finished]:
+    return {name: run(*words(workspace, name)) for name in RUNS}
+
+
+def held_out_divergence(workspace: Path, student: Path, beta: float, adapter: Path | None = None) -> float:
+    """Mean over the tokens of the held-out completions, on full logits."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    models: list[Any] = [
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (student, workspace / "teacher")
+    ]
+    if adapter is not None:
+        models[0] = PeftModel.from_pretrained(models[0], str(adapter)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(workspace / "model")
+    found: list[torch.Tensor] = []
+    for row in rows(workspace / "eval.jsonl"):
+        prompt, completion = (tokenizer(row[name])["input_ids"] for name in ("prompt", "completion"))
+        tokens = torch.tensor([[*prompt, *completion, tokenizer.eos_token_id]])
+        with torch.no_grad():
+            student_TV, teacher_TV = (model(tokens).logits[0, len(prompt) - 1 : -1] for model in models)
+        found.append(gkd_reference.of_logits(student_TV, teacher_TV, beta, 1.0))
+    return float(torch.cat(found).mean())
+
+
+def test_the_divergence_on_held_out_prompts_falls_by_half(runs: dict[str, Finished], workspace: Path) -> None:
+    finished = runs["half"]
+    assert finished.code == 0, finished.err
+    assert finished.left == []
+    before = held_out_divergence(workspace, workspace / "model", 0.0)
+    after = held_out_divergence(workspace, workspace / "half" / "checkpoint", 0.0)
+    assert after < 0.5 * before
+    result = finished.result()
+    assert result["divergence_before"] == pytest.approx(before, rel=1e-4)
+    assert result["divergence_after"] == pytest.approx(after, rel=1e-3)
+
+
+def test_steps_are_on_policy_as_often_as_asked(runs: dict[str, Finished], workspace: Path) -> None:
+    assert all(finished.code == 0 for finished in runs.values()), [each.err for each in runs.values()]
+    steps = [row for row in rows(workspace / "half" / "metrics.jsonl") if "loss" in row]
+    assert 8 <= sum(row["on_policy"] for row in steps) <= 22
+    # Engines are sent weights for these steps only, under the version of the step before.
+    versions = {row["step"]: row["weight_versions"] for row in rows(workspace / "half" / "rollouts.jsonl")}
+    assert versions == {row["step"]: [row["step"] - 1] * 2 for row in steps if row["on_policy"]}
+    for name, share in (("adapters", 1.0), ("given", 0.0)):
+        found = [row["on_policy"] for row in rows(workspace / name / "metrics.jsonl") if "loss" in row]
+        assert found == [share] * 4
+    assert (workspace / "given" / "rollouts.jsonl").read_text() == ""
+
+
+def test_adapters_learn_from_a_teacher_without_any(runs: dict[str, Finished], workspace: Path) -> None:
+    assert runs["adapters"].code == 0
+    after = held_out_divergence(
+        workspace, workspace / "model", 0.5, adapter=workspace / "adapters" / "checkpoint"
+    )
+    assert after < held_out_divergence(workspace, workspace / "model", 0.5)
+    losses = [row["loss"] for row in rows(workspace / "adapters" / "metrics.jsonl") if "loss" in row]
+    assert losses[-1] < losses[0]
+
+
+def test_cross_entropy_is_added_on_completions_of_the_dataset(
+    runs: dict[str, Finished], workspace: Path
+) -> None:
+    assert runs["given"].code == 0
+    for row in rows(workspace / "given" / "metrics.jsonl"):
+        if "loss" in row:
+            assert row["loss"] == pytest.approx(row["divergence"] + 0.1 * row["cross_entropy"], rel=1e-5)
+    assert np.isfinite(runs["given"].result()["divergence_after"])
+
+
+def test_another_tokenizer_is_refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = workspace / "other"
+    shutil.copytree(workspace / "teacher", other)
+    text = (other / "tokenizer.json").read_text()
+    tokens = json.loads(text)
+    vocabulary = tokens["model"]["vocab"]
+    vocabulary["w7"], vocabulary["w8"] = vocabulary["w8"], vocabulary["w7"]
+    (other / "tokenizer.json").write_text(json.dumps(tokens))
+    assert main([*words(workspace, "given"), "--teacher_model", str(other)]) == 2
+    error = capsys.readouterr().err
+    assert f"the tokenizer of {other} is not the student's: 2 tokens differ" in error
+    assert "'w7', which is number 7 for the student and number 8 for the teacher" in error

@@ -1,0 +1,244 @@
+"""The loop of gkd with fakes, and its loss by hand."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from algorithms import gkd
+from algorithms.data import (
+    Batch,
+    FloatRow,
+    Group,
+    Prompt,
+    Rollout,
+    SamplingSettings,
+    Scored,
+    StepResult,
+    TopTokens,
+    TrainSample,
+    float_row,
+    int_row,
+)
+from algorithms.losses import gkd_loss
+from algorithms.packing import pack
+from algorithms.prompts import PromptStream
+from algorithms.roles import Predictions, TopTeacher
+from configs.gkd import GKDConfig
+from configs.schema import RunConfig, TrainerConfig
+
+
+def config(**settings: object) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "algorithm": "gkd",
+            "max_steps": 8,
+            "eval_steps": 4,
+            "model": {"model": "m", "teacher_model": "t"},
+            "data": {"dataset": "d"},
+            "gkd": {"batch_size": 2, "max_completion_length": 3, **settings},
+        }
+    )
+
+
+def sample(*tokens: int) -> TrainSample:
+    zeros = float_row(np.zeros(len(tokens)))
+    mask = int_row([0, *[1] * (len(tokens) - 1)])
+    return TrainSample(tokens=int_row(tokens), loss_mask=mask, advantages=zeros, logprobs=zeros, version=0)
+
+
+class Everything:
+    """Trainer, sampler, weights and recorder; writes down what is asked of it, in order."""
+
+    def __init__(self, abort: bool = False) -> None:
+        self.calls: list[str] = []
+        self.batches: list[Batch] = []
+        self.seeds: list[int | None] = []
+        self.metrics: list[Mapping[str, float]] = []
+        self.evaluations: list[tuple[int, Mapping[str, float]]] = []
+        self._abort = abort
+
+    def train(self, batch: Batch) -> StepResult:
+        self.calls.append("train")
+        self.batches.append(batch)
+        return StepResult(loss=1.0, grad_norm=2.0, learning_rate=0.1, metrics={})
+
+    def divergences(self, batch: Batch) -> tuple[tuple[FloatRow, ...], ...]:
+        """The divergence of a token is its number; what is off the mask must not count."""
+        return tuple(
+            tuple(float_row(micro.labels_T + 1000 * (micro.loss_mask_T == 0)) for micro in rank)
+            for rank in batch.ranks
+        )
+
+    def generate(self, requests: Iterable[tuple[Prompt, SamplingSettings]]) -> Iterator[Group]:
+        self.calls.append("generate")
+        groups: list[Group] = []
+        for prompt, settings in requests:
+            self.seeds.append(settings.seed)
+            aborted = self._abort and not groups
+            rollout = Rollout(
+                tokens=int_row([7, 8]),
+                logprobs=float_row([-1.0, -2.0]),
+                text="",
+                finish="abort" if aborted else "stop",
+                loss_mask=int_row([1, 1]),
+                versions=(0, 0),
+            )
+            groups.append(Group(prompt=prompt, rollouts=(rollout,)))
+        yield from reversed(groups)
+
+    def sync(self, version: int) -> Mapping[str, float]:
+        self.calls.append(f"sync {version}")
+        return {}
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.metrics.append(metrics)
+
+    def rollouts(self, step: int, scored: Iterable[Scored]) -> None:
+        assert all(np.isnan(each.rewards).all() for each in scored)
+
+    def evaluation(self, step: int, scored: Iterable[Scored], metrics: Mapping[str, float]) -> None:
+        assert not list(scored)
+        self.evaluations.append((step, metrics))
+
+
+class Trainer:
+    def __init__(self, everything: Everything) -> None:
+        self.step = everything.train
+        self.divergences = everything.divergences
+        self.saved: list[int] = []
+
+    def save(self, step: int) -> None:
+        self.saved.append(step)
+
+
+def run(
+    run_config: RunConfig,
+    held_out: tuple[TrainSample, ...] = (),
+    abort: bool = False,
+    teacher: TopTeacher | None = None,
+) -> Everything:
+    everything = Everything(abort)
+    prompts = [Prompt(id=str(n), tokens=int_row([1, n]), messages=(), columns={}) for n in range(4)]
+    samples = [sample(1, 2, 3, 4)] * 4
+    roles = gkd.Roles(
+        trainer=Trainer(everything),  # pyright: ignore[reportArgumentType]
+        student=gkd.Student(sampler=everything, weights=everything),
+        teacher=teacher,
+        recorder=everything,
+    )
+    gkd.train(
+        run_config,
+        roles,
+        PromptStream(prompts, seed=1, shuffle=False),
+        PromptStream(samples, seed=1, shuffle=False),
+        held_out,
+    )
+    return everything
+
+
+def test_only_on_policy_steps_sync_and_sample() -> None:
+    on_policy = run(config(lmbda=1))
+    assert on_policy.calls == [call for n in range(8) for call in (f"sync {n}", "generate", "train")]
+    assert len(set(on_policy.seeds)) == 16
+    assert all((micro.advantages_T == 0).all() for b in on_policy.batches for r in b.ranks for micro in r)
+    given = run(config(lmbda=0, sft_alpha=0.5))
+    assert given.calls == ["train"] * 8
+    for batch in given.batches:
+        (micro,) = batch.ranks[0]
+        assert np.array_equal(micro.advantages_T, micro.loss_mask_T)
+        assert micro.tokens_T.tolist() == [1, 2, 3, 4] * 2
+
+
+def test_the_draw_depends_on_seed_and_step_only() -> None:
+    drawn = [gkd.is_on_policy(config(lmbda=0.3), step) for step in range(1, 2001)]
+    assert np.mean(drawn) == pytest.approx(0.3, abs=0.03)
+    assert drawn == [gkd.is_on_policy(config(lmbda=0.3), step) for step in range(1, 2001)]
+    mixed = run(config(lmbda=0.5))
+    assert [row["on_policy"] for row in mixed.metrics] == [
+        float(gkd.is_on_policy(config(lmbda=0.5), step)) for step in range(1, 9)
+    ]
+
+
+def test_an_aborted_completion_is_left_out() -> None:
+    everything = run(config(lmbda=1), abort=True)
+    assert all(batch.num_loss_tokens == 2 for batch in everything.batches)
+
+
+def test_evaluation_is_the_mean_over_held_out_completions() -> None:
+    everything = run(config(lmbda=0), held_out=(sample(1, 2, 3), sample(1, 10, 20, 30, 40)))
+    assert [step for step, _ in everything.evaluations] == [0, 4, 8]
+    for _, metrics in everything.evaluations:
+        assert metrics == {"eval/divergence": pytest.approx((2 + 3 + 100) / 6)}
+
+
+def test_loss_by_hand() -> None:
+    given = gkd._of_dataset(sample(1, 2, 3))  # pyright: ignore[reportPrivateUsage]
+    (micro,) = pack([given], TrainerConfig()).ranks[0]
+    predictions = Predictions(
+        logprobs_T=torch.tensor([-1.0, -2.0, -50.0]),
+        entropy_T=torch.tensor([0.1, 0.2, 9.0]),
+        divergence_T=torch.tensor([0.5, 0.25, 9.0]),
+    )
+    total, metrics = gkd_loss(GKDConfig(sft_alpha=0.1))(predictions, micro)
+    assert float(total) == pytest.approx(0.75 + 0.1 * 3.0)
+    assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
+        {"divergence": 0.75, "cross_entropy": 3.0, "entropy": 0.3}
+    )
+    (own,) = pack([sample(1, 2, 3)], TrainerConfig()).ranks[0]
+    assert float(gkd_loss(GKDConfig(sft_alpha=0.1))(predictions, own)[0]) == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"lmbda": 1, "sft_alpha": 0.1}, "gkd.sft_alpha: is not used while gkd.lmbda is 1"),
+        ({"gkd_topk_tail": True}, "gkd.gkd_topk_tail: is the tail of gkd.gkd_logits_topk"),
+        (
+            {"gkd_logits_topk": 4, "gkd_topk_tail": True, "temperature": 0.9, "loss_temperature": "same"},
+            "at temperature 0.9 does not follow from k tokens",
+        ),
+        ({"seq_kd": True}, "gkd.seq_kd: there is no teacher engine to write completions with"),
+    ],
+)
+def test_options_that_contradict_each_other_are_named(settings: dict[str, object], complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        config(**settings)
+
+
+def test_a_teacher_is_needed() -> None:
+    with pytest.raises(ValidationError, match=r"model\.teacher_model: gkd needs a teacher"):
+        RunConfig.model_validate({"algorithm": "gkd", "model": {"model": "m"}, "data": {"dataset": "d"}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"teacher_model_server": "http://h"}, "gkd needs a teacher in one place, there are 2"),
+        ({"teacher_column": "domain"}, "teacher_column: goes with gkd.teacher_model_servers"),
+    ],
+)
+def test_teachers_in_two_places_are_refused(settings: dict[str, object], complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        config(**settings)
+
+
+def test_a_teacher_elsewhere_is_asked_about_what_is_trained() -> None:
+    class Asked:
+        def top_tokens(self, samples: Sequence[TrainSample]) -> list[TopTokens]:
+            return [
+                TopTokens(
+                    ids=int_row(sample.tokens[:, None]),
+                    logprobs=float_row(np.full((sample.tokens.size, 1), -0.5)),
+                )
+                for sample in samples
+            ]
+
+    everything = run(config(lmbda=1), teacher=Asked())
+    for batch in everything.batches:
+        for micro in batch.ranks[0]:
+            assert micro.teacher_ids_TK is not None
+            trained = micro.loss_mask_T > 0
+            assert np.array_equal(micro.teacher_ids_TK[trained, 0], micro.labels_T[trained])
