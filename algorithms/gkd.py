@@ -63,7 +63,7 @@ def train(
     A step is on-policy with probability `gkd.lmbda`: the student completes `prompts`, under weights that engines
     are sent just before. Other steps take `samples`.
     """
-    roles.recorder.evaluation(0, (), evaluate(config, roles, held_out))
+    _evaluate(config, roles, held_out, 0)
     for step in range(1, config.max_steps + 1):
         clock = Clock()
         metrics: dict[str, float] = {"on_policy": float(is_on_policy(config, step))}
@@ -95,7 +95,14 @@ def train(
         if config.saves_at(step):
             roles.trainer.save(step)
         if step == config.max_steps or (config.eval_steps and step % config.eval_steps == 0):
-            roles.recorder.evaluation(step, (), evaluate(config, roles, held_out))
+            _evaluate(config, roles, held_out, step)
+
+
+def _evaluate(config: RunConfig, roles: Roles, held_out: Sequence[TrainSample], step: int) -> None:
+    metrics = evaluate(config, roles, held_out)
+    roles.recorder.evaluation(step, (), metrics)
+    if metrics:
+        roles.trainer.rate(step, -metrics["eval/divergence"])
 
 
 def _batch(config: RunConfig, roles: Roles, samples: Sequence[TrainSample]) -> Batch:

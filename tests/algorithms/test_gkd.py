@@ -109,6 +109,10 @@ class Trainer:
         self.step = everything.train
         self.divergences = everything.divergences
         self.saved: list[int] = []
+        self.rated: dict[int, float] = {}
+
+    def rate(self, step: int, score: float) -> None:
+        self.rated[step] = score
 
     def save(self, step: int) -> None:
         self.saved.append(step)
