@@ -1,9 +1,7 @@
 """The engines as one sampler, and what a weight update needs from all of them."""
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -16,8 +14,9 @@ from actors.dispatch import Room
 from actors.engine import Engine, EngineInfo
 from actors.engine_pool import EnginePool, Member
 from actors.engine_settings import engine_environment
+from actors.engine_work import Request, Running, Work
 from actors.env import resolve_device
-from algorithms.data import Group, Prompt, SamplingSettings
+from algorithms.data import Group
 from configs.errors import BasculeError
 from configs.schema import RunConfig
 
@@ -25,19 +24,6 @@ from configs.schema import RunConfig
 _LOOK_S = 1.0
 # An engine's death is noticed later than the failure of what it was doing.
 _NOTICE_S = 2.5
-
-Request = tuple[Prompt, SamplingSettings]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Running:
-    member: Member
-    request: Request
-
-    @property
-    def owner(self) -> str:
-        """What to call it in messages."""
-        return f"{self.member.name} (prompt {self.request[0].id})"
 
 
 class EngineGroup:
@@ -50,6 +36,7 @@ class EngineGroup:
         self._room = Room(len(pool), room)
         self._timeout_s = timeout_s
         self._give_weights: Callable[[Member], None] = pool.admit
+        self._work: list[Work] = []
 
     def __len__(self) -> int:
         return len(self.pool)
@@ -62,25 +49,31 @@ class EngineGroup:
         DeadlineExceededError when no group at all was finished within the time for a step. What is in flight
         then is given up, and also when the caller stops iterating.
         """
-        waiting = _Requests(requests)
-        running: dict[Any, _Running] = {}
-        self._welcome()
-        self._submit(waiting, running)
-        return self._collect(waiting, running)
-
-    def _collect(self, waiting: "_Requests", running: "dict[Any, _Running]") -> Iterator[Group]:
+        work = Work(requests)
+        self._work.append(work)
         try:
-            while running or waiting:
+            self._welcome()
+            self._submit()
+        except BasculeError:
+            self._work.remove(work)
+            raise
+        return self._collect(work)
+
+    def _collect(self, work: Work) -> Iterator[Group]:
+        try:
+            while not work.is_over:
+                if work.done:
+                    yield work.done.popleft()
+                    continue
                 self.pool.wait_for_one(self._timeout_s)
                 self._welcome()
-                self._submit(waiting, running)
-                group = self._next_group(running, waiting)
-                if group is not None:
-                    yield group
+                self._submit()
+                self._wait_for_a_group()
             self._settle()
         finally:
-            for ref, work in running.items():
-                self._room.give_back(work.member.index, work.request[1].n)
+            self._work.remove(work)
+            for ref, running in work.running.items():
+                self._room.give_back(running.member.index, running.request[1].n)
                 # An iterator that an error left behind may be closed only after the run has left Ray; any call
                 # would then start a new Ray.
                 if ray.is_initialized():
@@ -197,78 +190,50 @@ class EngineGroup:
             time.sleep(0.1)
             self._welcome()
 
-    def _submit(self, waiting: "_Requests", running: dict[Any, _Running]) -> None:
+    def _submit(self) -> None:
+        """Give engines what they have room for, the earliest call's requests first."""
         members = {member.index: member for member in self.pool.members("up")}
-        while waiting:
-            prompt, sampling = waiting.first
-            engine = self._room.take(sampling.n, members)
-            if engine is None:
-                return
-            ref = members[engine].actor.generate.remote(prompt, sampling)
-            running[ref] = _Running(member=members[engine], request=waiting.pop())
+        for work in self._work:
+            while work.waiting:
+                prompt, sampling = work.waiting.first
+                engine = self._room.take(sampling.n, members)
+                if engine is None:
+                    return
+                ref = members[engine].actor.generate.remote(prompt, sampling)
+                work.running[ref] = Running(member=members[engine], request=work.waiting.pop())
 
-    def _next_group(self, running: dict[Any, _Running], waiting: "_Requests") -> Group | None:
-        """The next group, or None when an engine was lost or a new one came first."""
+    def _wait_for_a_group(self) -> None:
+        """Return when a group is done, of whatever call, or an engine was lost, or a new one came first.
+
+        Not of the caller's alone: engines may be full with what a later call has asked for.
+        """
         end = time.monotonic() + self._timeout_s
-        while running:
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK_S)
+        owners = {ref: work for work in self._work for ref in work.running}
+        while owners:
+            ready, _ = ray.wait(list(owners), num_returns=1, timeout=_LOOK_S)
             if ready:
-                return self._finished(ready[0], running, waiting)
+                self._finished(ready[0], owners[ready[0]])
+                return
             if self.pool.members("new"):
-                return None
+                return
             if time.monotonic() > end:
-                late = ", ".join(work.owner for work in running.values())
+                late = ", ".join(work.running[ref].owner for ref, work in owners.items())
                 raise deadline.DeadlineExceededError(
                     f"generate: no answer within {self._timeout_s:.0f} s from {late}"
                 )
-        return None
 
-    def _finished(self, ref: Any, running: dict[Any, _Running], waiting: "_Requests") -> Group | None:
-        work = running.pop(ref)
-        member = work.member
-        self._room.give_back(member.index, work.request[1].n)
+    def _finished(self, ref: Any, work: Work) -> None:
+        running = work.running.pop(ref)
+        member = running.member
+        self._room.give_back(member.index, running.request[1].n)
         try:
-            return deadline.get(ref, work.owner, timeout_s=self._timeout_s, phase="generate")
+            work.done.append(deadline.get(ref, running.owner, timeout_s=self._timeout_s, phase="generate"))
         except BasculeError as error:
             if isinstance(error, deadline.ActorLostError):
                 self.pool.lost(member, error)
             elif not self.pool.noticed(member, _NOTICE_S):
                 raise
-            waiting.again(work.request)
-            return None
-
-
-class _Requests:
-    """Requests that wait: those of lost engines first, then the caller's, drawn one ahead."""
-
-    def __init__(self, requests: Iterable[Request]) -> None:
-        self._source = iter(requests)
-        self._next: deque[Request] = deque()
-        self._draw()
-
-    def __bool__(self) -> bool:
-        return bool(self._next)
-
-    @property
-    def first(self) -> Request:
-        """The one that is next."""
-        return self._next[0]
-
-    def pop(self) -> Request:
-        """Take it."""
-        request = self._next.popleft()
-        if not self._next:
-            self._draw()
-        return request
-
-    def again(self, request: Request) -> None:
-        """Put a request back that was not answered."""
-        self._next.appendleft(request)
-
-    def _draw(self) -> None:
-        following = next(self._source, None)
-        if following is not None:
-            self._next.append(following)
+            work.waiting.again(running.request)
 
 
 def create_engines(

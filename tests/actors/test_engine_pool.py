@@ -130,6 +130,21 @@ def test_what_a_lost_engine_was_doing_is_done_by_others(made: Any, tmp_path: Pat
     group.close()
 
 
+def test_calls_that_share_engines_do_not_wait_for_each_other(made: Any) -> None:
+    """A later call may fill all engines before an earlier one is asked for its groups."""
+    group, pids = group_of(made)
+    first = group.generate([(prompt(index), settings()) for index in range(6)])
+    second = group.generate([(prompt(index), settings(max_tokens=20)) for index in range(20, 26)])
+    os.kill(pids[0], signal.SIGKILL)
+    third = group.generate([(prompt(index), settings()) for index in range(40, 43)])
+    assert sorted(answer.prompt.id for answer in first) == [f"p{index}" for index in range(6)]
+    assert sorted(answer.prompt.id for answer in third) == [f"p{index}" for index in range(40, 43)]
+    assert sorted(answer.prompt.id for answer in second) == [f"p{index}" for index in range(20, 26)]
+    assert group._room.in_flight == (0, 0)
+    assert group._work == []
+    group.close()
+
+
 def test_an_error_of_an_engine_that_lives_is_raised(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_group, "_NOTICE_S", 0.5)
     group, _ = group_of(made, count=1)
