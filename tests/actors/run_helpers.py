@@ -128,7 +128,8 @@ class Running:
         """Wait for the end; then give its daemons a moment and list those that stay."""
         out, err = self.process.communicate(timeout=timeout)
         left = _marked(self.mark)
-        for _ in range(100):
+        # Ray's workers are nice processes, which a busy machine lets wait even for their end.
+        for _ in range(300):
             if not left:
                 break
             time.sleep(0.1)
