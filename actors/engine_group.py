@@ -27,7 +27,10 @@ _NOTICE_S = 2.5
 
 
 class EngineGroup:
-    """Engines as one sampler (algorithms.roles.Sampler), and what a weight update needs from all of them."""
+    """Engines as one sampler (algorithms.roles.Sampler), and what a weight update needs from all of them.
+
+    Calls of `generate` may overlap, in one thread: whichever is asked for a group takes in those of all.
+    """
 
     def __init__(self, pool: EnginePool, room: int, timeout_s: float, workers: int = 1) -> None:
         """`room` is how many sequences an engine takes, `workers` of how many processes one consists."""

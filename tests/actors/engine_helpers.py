@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 
 from actors import deadline
 from actors.bridge_host import Meeting
+from actors.engine_group import EngineGroup
 from algorithms.data import Group, Prompt, SamplingSettings, int_row
 from bridge import sender as weights
 from bridge.layouts import region_of
@@ -241,6 +242,10 @@ class Rig:
     engines: Any
     model: Any
     config: RunConfig
+
+    def beside(self) -> "Rig":
+        """The same engine through a group of its own: a group is for one thread."""
+        return replace(self, engines=EngineGroup(self.engines.pool, room=16, timeout_s=60))
 
 
 @contextmanager

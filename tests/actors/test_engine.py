@@ -196,7 +196,7 @@ def pushed_in_flight(rig: Rig, model: Any, mode: str, sampling: SamplingSettings
         while rig.engines.info()[0].in_flight == 0 and not begun.done():
             time.sleep(0.001)
         assert rig.engines.pause(mode=mode) in (0, sampling.n)
-        asked = threads.submit(generate, rig, (prompt(8), settings(seed=1)))
+        asked = threads.submit(generate, rig.beside(), (prompt(8), settings(seed=1)))
         push(rig, model, version=before + 1)
         return begun.result(60)["p5"], asked.result(60)["p8"], before
 
@@ -257,7 +257,7 @@ def test_completions_that_a_pause_cut_can_be_aborted(rigs: dict[str, Rig]) -> No
             # The sooner, the fewer tokens are there, maybe none.
             time.sleep(0.02 * attempt)
             prompts = 1 + bool(rig.engines.pause(mode="abort"))
-            asked = threads.submit(generate, rig, (prompt(6), settings(n=2)))
+            asked = threads.submit(generate, rig.beside(), (prompt(6), settings(n=2)))
             while rig.engines.info()[0].in_flight < prompts:
                 time.sleep(0.001)
             assert rig.engines.abort_all() == prompts
