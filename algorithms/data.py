@@ -168,3 +168,9 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     metrics: Mapping[str, float]
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """All of it by name, as it is recorded."""
+        own = {"loss": self.loss, "grad_norm": self.grad_norm, "learning_rate": self.learning_rate}
+        return own | dict(self.metrics)

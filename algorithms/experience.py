@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from algorithms.advantages import advantages_of
-from algorithms.data import Batch, FloatRow, Rollout, Scored, TrainSample, float_row, int_row
+from algorithms.completions import sample_of
+from algorithms.data import Batch, FloatRow, Scored, TrainSample, float_row, int_row
 from algorithms.packing import Scaling, pack, unpack
 from algorithms.roles import Trainer
 from configs.grpo import GRPOConfig
@@ -32,7 +33,7 @@ def gather(groups: Sequence[Scored], config: RunConfig, trainer: Trainer) -> Exp
     settings = config.grpo
     kept = [_kept(each, settings) for each in groups]
     samples = [
-        _sample(each, rollout)
+        sample_of(each.group.prompt, rollout)
         for each, used in zip(groups, kept, strict=True)
         for rollout, is_used in zip(each.group.rollouts, used, strict=True)
         if is_used
@@ -89,19 +90,6 @@ def _kept(scored: Scored, settings: GRPOConfig) -> NDArray[np.bool_]:
     if not settings.mask_truncated_completions:
         return known
     return known & np.array([rollout.finish != "length" for rollout in rollouts])
-
-
-def _sample(scored: Scored, rollout: Rollout) -> TrainSample:
-    prompt = scored.group.prompt.tokens
-    before = np.zeros(prompt.size, np.float32)
-    mask = int_row(np.concatenate([before, rollout.loss_mask]))
-    return TrainSample(
-        tokens=int_row(np.concatenate([prompt, rollout.tokens])),
-        loss_mask=mask,
-        advantages=float_row(np.zeros(mask.size)),
-        logprobs=float_row(np.concatenate([before, rollout.logprobs])),
-        version=rollout.versions[0],
-    )
 
 
 def _ask(

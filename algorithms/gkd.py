@@ -1,12 +1,13 @@
 """Generalized knowledge distillation: completions, own or given -> train step towards the teacher."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from algorithms.clock import Clock
+from algorithms.completions import place_of, sample_of, seeded
 from algorithms.data import (
     Batch,
     FloatRow,
@@ -16,7 +17,6 @@ from algorithms.data import (
     Scored,
     TrainSample,
     float_row,
-    int_row,
 )
 from algorithms.packing import pack, with_top_tokens
 from algorithms.prompts import PromptStream
@@ -73,8 +73,9 @@ def train(
             with clock("sync"):
                 metrics |= roles.student.weights.sync(step - 1)
             with clock("generate"):
-                requests = _requests(config, prompts.take(config.gkd.batch_size), step)
-                groups = sorted(roles.student.sampler.generate(requests), key=_place)
+                taking = prompts.take(config.gkd.batch_size)
+                requests = seeded(taking, _sampling(config), seed=config.seed, step=step)
+                groups = sorted(roles.student.sampler.generate(requests), key=place_of)
             roles.recorder.rollouts(step, map(_unscored, groups))
             taken = [
                 sample
@@ -88,13 +89,12 @@ def train(
             batch = _batch(config, roles, taken)
         with clock("train"):
             result = roles.trainer.step(batch)
-        metrics |= {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
-        metrics |= dict(result.metrics) | clock.metrics()
+        metrics |= dict(result.numbers) | clock.metrics()
         metrics["tokens_per_second"] = batch.num_loss_tokens / metrics["time/step"]
         roles.recorder.step(step, metrics)
         if config.saves_at(step):
             roles.trainer.save(step)
-        if step == config.max_steps or (config.eval_steps and step % config.eval_steps == 0):
+        if config.evaluates_at(step):
             _evaluate(config, roles, held_out, step)
 
 
@@ -137,19 +137,8 @@ def teacher_of(columns: Mapping[str, Any], config: RunConfig) -> str:
 
 def to_samples(group: Group, teacher: str = "") -> list[TrainSample]:
     """Completions of a prompt as sequences to train on, without those that were aborted."""
-    prompt = group.prompt.tokens
-    before = np.zeros(prompt.size, np.float32)
     return [
-        TrainSample(
-            tokens=int_row(np.concatenate([prompt, rollout.tokens])),
-            loss_mask=int_row(np.concatenate([before, rollout.loss_mask])),
-            advantages=float_row(np.zeros(prompt.size + rollout.tokens.size)),
-            logprobs=float_row(np.concatenate([before, rollout.logprobs])),
-            version=rollout.versions[0],
-            teacher=teacher,
-        )
-        for rollout in group.rollouts
-        if rollout.finish != "abort"
+        sample_of(group.prompt, rollout, teacher) for rollout in group.rollouts if rollout.finish != "abort"
     ]
 
 
@@ -158,29 +147,16 @@ def _of_dataset(sample: TrainSample) -> TrainSample:
     return replace(sample, advantages=float_row(np.ones(sample.tokens.size)))
 
 
-def _requests(
-    config: RunConfig, prompts: Sequence[Prompt], step: int
-) -> Iterator[tuple[Prompt, SamplingSettings]]:
+def _sampling(config: RunConfig) -> SamplingSettings:
     gkd = config.gkd
-    for position, prompt in enumerate(prompts):
-        seed = np.random.SeedSequence((config.seed, step, position)).generate_state(1)[0]
-        yield (
-            prompt,
-            SamplingSettings(
-                n=1,
-                max_tokens=gkd.max_completion_length,
-                temperature=gkd.temperature,
-                top_p=gkd.top_p,
-                top_k=gkd.top_k,
-                stop=gkd.stop,
-                seed=int(seed),
-            ),
-        )
-
-
-def _place(group: Group) -> tuple[str, bytes]:
-    """Groups finish in any order; the batch, and so the run, must not depend on it."""
-    return group.prompt.id, group.rollouts[0].tokens.tobytes()
+    return SamplingSettings(
+        n=1,
+        max_tokens=gkd.max_completion_length,
+        temperature=gkd.temperature,
+        top_p=gkd.top_p,
+        top_k=gkd.top_k,
+        stop=gkd.stop,
+    )
 
 
 def _unscored(group: Group) -> Scored:

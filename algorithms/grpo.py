@@ -60,7 +60,7 @@ def train(config: RunConfig, roles: Roles, prompts: PromptStream[Prompt], held_o
         roles.recorder.step(step, metrics)
         if config.saves_at(step):
             roles.trainer.save(step)
-        if step == config.max_steps or (config.eval_steps and step % config.eval_steps == 0):
+        if config.evaluates_at(step):
             evaluate_at(step)
 
 
@@ -82,10 +82,7 @@ def _check_signal(empty: int, step: int, config: RunConfig) -> None:
 
 
 def _means(results: Sequence[StepResult]) -> dict[str, float]:
-    rows = [
-        {"loss": each.loss, "grad_norm": each.grad_norm, "learning_rate": each.learning_rate, **each.metrics}
-        for each in results
-    ]
+    rows = [each.numbers for each in results]
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} if rows else {}
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from algorithms.advantages import has_signal
+from algorithms.completions import place_of, seeded
 from algorithms.data import Group, Prompt, SamplingSettings, Scored, float_row
 from algorithms.prompts import PromptStream
 from algorithms.roles import Judge, Sampler
@@ -24,15 +25,6 @@ class Generated:
     kept: tuple[Scored, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Begun:
-    """A step that engines are working on."""
-
-    step: int
-    num_prompts: int
-    groups: Iterator[Group]
-
-
 class Rollouts:
     """Samples and scores the prompts of one generation step after the other, `max_lag` steps ahead."""
 
@@ -43,7 +35,8 @@ class Rollouts:
         self._sampler = sampler
         self._judge = judge
         self._prompts = prompts
-        self._begun: deque[_Begun] = deque()
+        # Of the steps that engines are working on, in order; the last of them is step `_last`.
+        self._begun: deque[Iterator[Group]] = deque()
         self._last = 0
 
     def generate(self, step: int) -> Generated:
@@ -58,29 +51,28 @@ class Rollouts:
         while self._last < min(step + settings.max_lag, self._config.max_steps):
             self._last += 1
             self._begun.append(self._begin(self._last, settings.prompts_per_step, 0))
-        begun = self._begun.popleft()
-        assert begun.step == step, "steps come in order"
+        assert self._last - len(self._begun) == step - 1, "steps come in order"
+        groups = self._begun.popleft()
         scored: list[Scored] = []
         kept: list[Scored] = []
-        drawn, left = begun.num_prompts, settings.max_resample_times if settings.dynamic_sample else 0
+        drawn = settings.prompts_per_step
+        left = settings.max_resample_times if settings.dynamic_sample else 0
         while True:
-            found = [
-                with_overlong(without_aborted(each), settings) for each in self._judge.score(begun.groups)
-            ]
-            # Groups finish in any order; the batch, and so the run, must not depend on it.
-            found.sort(key=lambda each: (each.group.prompt.id, each.group.rollouts[0].tokens.tobytes()))
+            found = [with_overlong(without_aborted(each), settings) for each in self._judge.score(groups)]
+            found.sort(key=lambda each: place_of(each.group))
             scored += found
             kept += [each for each in found if is_trained_on(each, settings)]
             missing = settings.prompts_per_step - len(kept)
             if not missing or not left:
                 return Generated(scored=tuple(scored), kept=tuple(kept))
             left -= 1
-            begun = self._begin(step, missing, drawn)
+            groups = self._begin(step, missing, drawn)
             drawn += missing
 
-    def _begin(self, step: int, num_prompts: int, drawn: int) -> _Begun:
-        requests = _requests(self._config, self._prompts.take(num_prompts), step, drawn)
-        return _Begun(step=step, num_prompts=num_prompts, groups=self._sampler.generate(requests))
+    def _begin(self, step: int, num_prompts: int, drawn: int) -> Iterator[Group]:
+        prompts, sampling = self._prompts.take(num_prompts), _sampling(self._config.grpo)
+        requests = seeded(prompts, sampling, seed=self._config.seed, step=step, first=drawn)
+        return self._sampler.generate(requests)
 
 
 def staleness(scored: Sequence[Scored], version: int) -> dict[str, float]:
@@ -123,22 +115,12 @@ def is_trained_on(scored: Scored, settings: GRPOConfig) -> bool:
     return has_signal(scored.rewards)
 
 
-def _requests(
-    config: RunConfig, prompts: Sequence[Prompt], step: int, first: int
-) -> Iterator[tuple[Prompt, SamplingSettings]]:
-    """`first` is how many prompts of the step have been drawn before; each has a seed of its own."""
-    grpo = config.grpo
-    for position, prompt in enumerate(prompts, first):
-        seed = np.random.SeedSequence((config.seed, step, position)).generate_state(1)[0]
-        yield (
-            prompt,
-            SamplingSettings(
-                n=grpo.num_generations,
-                max_tokens=grpo.max_completion_length,
-                temperature=grpo.temperature,
-                top_p=grpo.top_p,
-                top_k=grpo.top_k,
-                stop=grpo.stop,
-                seed=int(seed),
-            ),
-        )
+def _sampling(settings: GRPOConfig) -> SamplingSettings:
+    return SamplingSettings(
+        n=settings.num_generations,
+        max_tokens=settings.max_completion_length,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        stop=settings.stop,
+    )

@@ -30,17 +30,14 @@ def train(
         recorder.step(
             step,
             {
-                "loss": result.loss,
-                "grad_norm": result.grad_norm,
-                "learning_rate": result.learning_rate,
+                **result.numbers,
                 "tokens_per_second": batch.num_loss_tokens / times["time/step"],
-                **result.metrics,
                 **times,
             },
         )
         if config.saves_at(step):
             trainer.save(step)
-        if step == config.max_steps or (config.eval_steps and step % config.eval_steps == 0):
+        if config.evaluates_at(step):
             best = _evaluate(config, trainer, held_out, recorder, step, best)
 
 

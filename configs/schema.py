@@ -270,6 +270,10 @@ class RunConfig(Section):
         fraction = self.trainer.lr_warmup_fraction
         return self.trainer.lr_warmup_iters if fraction is None else ceil(fraction * self.optimizer_steps)
 
+    def evaluates_at(self, step: int) -> bool:
+        """Whether an evaluation is due after this step: every `eval_steps`, and after the last one."""
+        return step == self.max_steps or (self.eval_steps > 0 and step % self.eval_steps == 0)
+
     def saves_at(self, step: int) -> bool:
         """Whether `checkpoint-STEP` is due after this step; the last one is saved as `checkpoint` anyway."""
         every = self.checkpoint.save_steps
