@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_CHUNK_ELEMENTS = 16 << 20
+from actors.megatron_vocabulary import row_chunks, share_of, softmax_total
 
 
 def vocab_parallel_divergence(
@@ -30,9 +30,7 @@ def vocab_parallel_divergence(
     nothing of the size of the logits is kept but the logits themselves. Only the student gets a gradient; that
     of the result must be the same on all ranks of `group` (None: the vocabulary is not split).
     """
-    rank = 0 if group is None else dist.get_rank(group)
-    width = student_TV.shape[1]
-    kept = max(0, min(width, vocab_size - rank * width))
+    _, kept = share_of(student_TV, vocab_size, group)
     return _VocabParallelDivergence.apply(student_TV, teacher_TV, beta, temperature, kept, group)  # pyright: ignore[reportReturnType]
 
 
@@ -77,34 +75,6 @@ class _VocabParallelDivergence(torch.autograd.Function):
                 grad = student.exp_().mul_(slope)
             grad_TV[rows, : ctx.kept] = grad.mul_(scale_T[rows, None])
         return grad_TV, None, None, None, None, None
-
-
-def softmax_total(
-    logits_TV: torch.Tensor, temperature: float, kept: int, group: dist.ProcessGroup | None
-) -> torch.Tensor:
-    """Float32 [T]: the logarithm of the sum of exp(logits / temperature) over the whole vocabulary.
-
-    Of this rank's share only the first `kept` entries count. No gradient.
-    """
-    tops: list[torch.Tensor] = []
-    sums: list[torch.Tensor] = []
-    for rows in row_chunks(logits_TV):
-        scaled = logits_TV[rows, :kept].float() / temperature
-        tops.append(scaled.amax(dim=1) if kept else scaled.new_full((len(scaled),), -math.inf))
-        sums.append((scaled - tops[-1][:, None]).exp_().sum(dim=1))
-    top_T, sum_T = torch.cat(tops), torch.cat(sums)
-    if group is not None:
-        local_top_T = top_T.clone()
-        dist.all_reduce(top_T, op=dist.ReduceOp.MAX, group=group)
-        sum_T *= (local_top_T - top_T).exp_()
-        dist.all_reduce(sum_T, group=group)
-    return top_T + sum_T.log()
-
-
-def row_chunks(logits_TV: torch.Tensor) -> list[slice]:
-    """Slices of tokens, few enough that a float32 copy of their logits is small."""
-    tokens = max(1, _CHUNK_ELEMENTS // max(1, logits_TV.shape[1]))
-    return [slice(start, start + tokens) for start in range(0, logits_TV.shape[0], tokens)]
 
 
 def _log_softmax(logits: torch.Tensor, total_T: torch.Tensor, temperature: float) -> torch.Tensor:

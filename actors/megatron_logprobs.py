@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_CHUNK_ELEMENTS = 16 << 20
+from actors.megatron_vocabulary import row_chunks, share_of
 
 
 def vocab_parallel_logprobs(
@@ -23,9 +23,7 @@ def vocab_parallel_logprobs(
     second copy of the logits exists until the backward pass writes their gradient. The gradient of both
     results must be the same on all ranks of `group` (None: the vocabulary is not split).
     """
-    rank = 0 if group is None else dist.get_rank(group)
-    start = rank * logits_TV.shape[1]
-    kept = max(0, min(logits_TV.shape[1], vocab_size - start))
+    start, kept = share_of(logits_TV, vocab_size, group)
     return _VocabParallelLogprobs.apply(logits_TV, labels_T - start, temperature, kept, group)  # pyright: ignore[reportReturnType]
 
 
@@ -43,7 +41,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         labels_T = torch.where(mine_T, local_labels_T, 0)
         parts = [
             _sums(logits_TV[rows, :kept].float() / temperature, labels_T[rows], mine_T[rows])
-            for rows in _chunks(logits_TV)
+            for rows in row_chunks(logits_TV)
         ]
         top_T, sum_T, weighted_T, picked_T = (torch.cat(each) for each in zip(*parts, strict=True))
         if group is not None:
@@ -63,22 +61,23 @@ class _VocabParallelLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         logits_TV, labels_T, mine_T, log_total_T, entropy_T = ctx.saved_tensors
-        of_logprob_T, of_entropy_T = (
-            None if grad_T is None else grad_T / ctx.temperature for grad_T in grad_outputs
-        )
+        of_logprob_T, of_entropy_T = grad_outputs
+        if of_logprob_T is None:
+            of_logprob_T = torch.zeros_like(of_entropy_T)
         grad_TV = torch.zeros_like(logits_TV)
-        for rows in _chunks(logits_TV):
-            log_p = logits_TV[rows, : ctx.kept].float().div_(ctx.temperature).sub_(log_total_T[rows, None])
-            p = log_p.exp()
-            grad = torch.zeros_like(p)
-            if of_entropy_T is not None:
+        for rows in row_chunks(logits_TV):
+            # The first operation makes the copy: `float` of float32 logits are the logits themselves.
+            log_p = (logits_TV[rows, : ctx.kept].float() / ctx.temperature).sub_(log_total_T[rows, None])
+            slope_T = of_logprob_T[rows, None] / ctx.temperature
+            if of_entropy_T is None:
+                grad = log_p.exp_().mul_(-slope_T)
+            else:
                 # d entropy / d logit = -p (log p + entropy).
-                grad -= log_p.add_(entropy_T[rows, None]).mul_(p).mul_(of_entropy_T[rows, None])
-            if of_logprob_T is not None:
-                grad -= p.mul_(of_logprob_T[rows, None])
-                if ctx.kept:
-                    at_label = torch.where(mine_T[rows], of_logprob_T[rows], 0.0)
-                    grad.scatter_add_(1, labels_T[rows, None], at_label[:, None])
+                grad = log_p.exp().neg_()
+                log_p.add_(entropy_T[rows, None]).mul_(of_entropy_T[rows, None] / ctx.temperature)
+                grad.mul_(log_p.add_(slope_T))
+            if ctx.kept:
+                grad.scatter_add_(1, labels_T[rows, None], torch.where(mine_T[rows, None], slope_T, 0.0))
             grad_TV[rows, : ctx.kept] = grad
         return grad_TV, None, None, None, None
 
@@ -94,8 +93,3 @@ def _sums(scaled: torch.Tensor, labels: torch.Tensor, mine: torch.Tensor) -> tup
     weights = (scaled - top[:, None]).exp_()
     total = weights.sum(dim=1)
     return top, total, weights.mul_(scaled).sum(dim=1), picked
-
-
-def _chunks(logits_TV: torch.Tensor) -> list[slice]:
-    tokens = max(1, _CHUNK_ELEMENTS // max(1, logits_TV.shape[1]))
-    return [slice(start, start + tokens) for start in range(0, logits_TV.shape[0], tokens)]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from actors.megatron_divergence import row_chunks, softmax_total
+from actors.megatron_vocabulary import row_chunks, share_of, softmax_total
 
 # Stands in for the logarithm of zero where minus infinity would make NaN of a product with zero.
 _NEVER = -1e4
@@ -72,9 +72,7 @@ def vocab_parallel_topk(
 
     K is k, or `vocab_size` where that is less. No gradient.
     """
-    rank = 0 if group is None else dist.get_rank(group)
-    start = rank * logits_TV.shape[1]
-    kept = max(0, min(logits_TV.shape[1], vocab_size - start))
+    start, kept = share_of(logits_TV, vocab_size, group)
     count = min(k, logits_TV.shape[1])
     padding = logits_TV.shape[1] - kept
     shown_TV = torch.nn.functional.pad(logits_TV[:, :kept], (0, padding), value=-math.inf)
@@ -105,9 +103,7 @@ def vocab_parallel_logprobs_at(
 
     Otherwise as megatron_logprobs.vocab_parallel_logprobs.
     """
-    rank = 0 if group is None else dist.get_rank(group)
-    start = rank * logits_TV.shape[1]
-    kept = max(0, min(logits_TV.shape[1], vocab_size - start))
+    start, kept = share_of(logits_TV, vocab_size, group)
     return _LogprobsAt.apply(logits_TV, ids_TK - start, temperature, kept, group)  # pyright: ignore[reportReturnType]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from actors import megatron_divergence
+from actors import megatron_vocabulary
 from actors.megatron_divergence import aligned, vocab_parallel_divergence
 from actors.megatron_topk import topk_divergence, vocab_parallel_topk
 from tests.actors import gkd_reference
@@ -31,7 +31,7 @@ def make_logits(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch
 def test_values_and_gradient_equal_the_definition(
     beta: float, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(megatron_divergence, "_CHUNK_ELEMENTS", 2 * PADDED)
+    monkeypatch.setattr(megatron_vocabulary, "_CHUNK_ELEMENTS", 2 * PADDED)
     student, teacher, weights = make_logits()
     got = vocab_parallel_divergence(
         student, teacher, beta=beta, temperature=temperature, vocab_size=VOCAB, group=None

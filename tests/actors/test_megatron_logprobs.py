@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from actors import megatron_logprobs
+from actors import megatron_vocabulary
 from actors.megatron_logprobs import vocab_parallel_logprobs
 
 
@@ -12,12 +12,13 @@ from actors.megatron_logprobs import vocab_parallel_logprobs
 def test_values_and_gradients_equal_torch(
     monkeypatch: pytest.MonkeyPatch, chunk_elements: int, part: str
 ) -> None:
-    monkeypatch.setattr(megatron_logprobs, "_CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(megatron_vocabulary, "_CHUNK_ELEMENTS", chunk_elements)
     generator = torch.Generator().manual_seed(0)
     scale = 30 if part == "logprobs" else 3
     logits = (torch.randn(6, 11, generator=generator) * scale).requires_grad_()
     labels = torch.randint(0, 9, (6,), generator=generator)
     weights = torch.randn(6, generator=generator)
+    untouched = logits.detach().clone()
 
     got, entropy = vocab_parallel_logprobs(logits, labels, temperature=0.7, vocab_size=9, group=None)
     distribution = torch.log_softmax(logits[:, :9] / 0.7, dim=-1)
@@ -30,6 +31,8 @@ def test_values_and_gradients_equal_torch(
     (want_grad,) = torch.autograd.grad(want_loss, logits)
 
     torch.testing.assert_close(got, want)
+    # Another function's backward pass may need them after this one's.
+    assert torch.equal(logits, untouched)
     torch.testing.assert_close(entropy, want_entropy, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got_grad, want_grad, rtol=1e-5, atol=1e-6)
     assert torch.all(got_grad[:, 9:] == 0)
