@@ -1,5 +1,6 @@
 """A run's loss as one line of mathematics with its numbers, and settings that are likely to be mistakes."""
 
+import math
 from collections.abc import Iterator
 
 from algorithms.policy_loss import CISPO_CAP
@@ -41,11 +42,11 @@ def doubts(settings: GRPOConfig, weights: int) -> Iterator[str]:
         )
     mode, cap = settings.importance_sampling_mode, settings.importance_sampling_cap
     if mode.startswith("sequence") and settings.importance_sampling_correction:
-        far = settings.max_completion_length * 1e-3
-        if settings.importance_sampling_ratio == "product" and cap < 2.718281828**far:
+        product = math.exp(settings.max_completion_length * 1e-3)
+        if settings.importance_sampling_ratio == "product" and cap < product:
             yield (
                 f"grpo.importance_sampling_cap: the product over {settings.max_completion_length} tokens that "
-                f"are off by 0.001 each is {2.718281828**far:.3g}, above {cap:g}, which cuts or masks most"
+                f"are off by 0.001 each is {product:.3g}, above {cap:g}, which cuts or masks most"
             )
         if settings.importance_sampling_ratio == "geometric" and cap > 1.1:
             yield (

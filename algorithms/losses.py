@@ -5,7 +5,7 @@ import torch
 from algorithms.data import MicroBatch
 from algorithms.policy_loss import policy_loss
 from algorithms.roles import Predictions, TokenLoss
-from algorithms.sequences import row
+from algorithms.sequences import loss_weights, row
 from configs.gkd import GKDConfig
 from configs.schema import RunConfig
 
@@ -24,8 +24,7 @@ def loss_of(config: RunConfig) -> TokenLoss:
 def sft_loss(predictions: Predictions, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Cross-entropy: minus the sum of the log-probabilities of the loss tokens."""
     mask_T = row(micro.loss_mask_T, predictions.logprobs_T)
-    weights_T = mask_T if micro.weights_T is None else row(micro.weights_T, mask_T)
-    return -(predictions.logprobs_T * weights_T).sum(), {
+    return -(predictions.logprobs_T * loss_weights(micro, mask_T)).sum(), {
         "entropy": (predictions.entropy_T.detach() * mask_T).sum()
     }
 
@@ -40,12 +39,11 @@ def gkd_loss(settings: GKDConfig) -> TokenLoss:
         divergence_T = predictions.divergence_T
         assert divergence_T is not None, "a run of gkd has a teacher"
         mask_T = row(micro.loss_mask_T, divergence_T)
-        weights_T = mask_T if micro.weights_T is None else row(micro.weights_T, mask_T)
         terms_T = divergence_T
         if settings.sft_alpha > 0:
             given_T = row(micro.advantages_T, mask_T)
             terms_T = terms_T - settings.sft_alpha * given_T * predictions.logprobs_T
-        return (terms_T * weights_T).sum(), {
+        return (terms_T * loss_weights(micro, mask_T)).sum(), {
             "divergence": (divergence_T.detach() * mask_T).sum(),
             "cross_entropy": (-predictions.logprobs_T.detach() * mask_T).sum(),
             "entropy": (predictions.entropy_T.detach() * mask_T).sum(),

@@ -7,7 +7,7 @@ import torch
 from algorithms.corrections import Metrics, off_policy_mask, sampler_weights
 from algorithms.data import MicroBatch
 from algorithms.roles import Predictions, TokenLoss
-from algorithms.sequences import Sequences, masked, row
+from algorithms.sequences import Sequences, loss_weights, masked, row
 from configs.grpo import GRPOConfig
 
 CISPO_CAP = 5.0
@@ -63,11 +63,10 @@ def policy_loss(settings: GRPOConfig) -> TokenLoss:
         metrics["entropy"] = entropy_T
         if settings.entropy_coef > 0:
             per_token_T = per_token_T - settings.entropy_coef * entropy_T
-        count_T = tokens.mask_T if micro.weights_T is None else row(micro.weights_T, tokens.mask_T)
         sums = {
             name: (each_T.detach() * tokens.mask_T).sum() for name, each_T in (metrics | sampling).items()
         }
-        return (per_token_T * count_T).sum(), sums
+        return (per_token_T * loss_weights(micro, tokens.mask_T)).sum(), sums
 
     return loss
 

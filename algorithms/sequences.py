@@ -30,6 +30,11 @@ class Sequences:
         return row_T.new_zeros(size).index_add(0, self._owner_T, row_T)
 
 
+def loss_weights(micro: MicroBatch, mask_T: torch.Tensor) -> torch.Tensor:
+    """What the term of each token counts in the loss: its weight, or 1 on the loss mask."""
+    return mask_T if micro.weights_T is None else row(micro.weights_T, mask_T)
+
+
 def row(values: Any, like: torch.Tensor) -> torch.Tensor:
     """A numpy row as a tensor of the type of `like`, on its device."""
     return torch.tensor(values, dtype=like.dtype, device=like.device)

@@ -154,9 +154,13 @@ def _contradictions(grpo: GRPOConfig) -> Iterator[str]:
     if grpo.loss_type == "cispo" and grpo.importance_sampling_level == "sequence":
         yield "importance_sampling_level: cispo weights log-probabilities of tokens; use sequence_token"
     if grpo.beta == 0:
-        for name in ("kl_in_reward", "use_bias_correction_kl", "sync_ref_model"):
-            if name in {name for name, value in grpo if value is True}:
-                yield f"{name}: is not used while grpo.beta is 0"
+        kl_options = {
+            "kl_in_reward": grpo.kl_in_reward,
+            "use_bias_correction_kl": grpo.use_bias_correction_kl,
+            "sync_ref_model": grpo.sync_ref_model,
+        }
+        for name in (name for name, given in kl_options.items() if given):
+            yield f"{name}: is not used while grpo.beta is 0"
     if grpo.kl_in_reward and grpo.use_bias_correction_kl:
         yield "use_bias_correction_kl: is of the KL term in the loss, which kl_in_reward takes out of it"
     low = grpo.importance_sampling_min
