@@ -39,6 +39,8 @@ from configs.schema import LayoutConfig, RunConfig
 Load = Callable[[list[torch.nn.Module]], None]
 Adapt = Callable[[list[torch.nn.Module]], None]
 Finish = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, Any]]
+Row = Callable[[MicroBatch, torch.Tensor], torch.Tensor]
+"""(micro-batch, the last stage's output [1, T, V / TP]) -> float32 [T]."""
 Divergence = Callable[[MicroBatch, torch.Tensor], torch.Tensor]
 """(micro-batch, this rank's share [T, V / TP] of its logits) -> divergence [T] from a teacher."""
 
@@ -81,19 +83,21 @@ class FrozenModel:
 
         Every rank must call it, with as many micro-batches as its pipeline neighbours.
         """
-
-        def finish(batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, FloatRow]:
-            row_T = self.predictions(batch, output, temperature).logprobs_T
-            return output.new_zeros(()), float_row(row_T.cpu().numpy())
-
-        return self.evaluate(micro_batches, finish)
+        return self.rows(
+            micro_batches, lambda batch, output: self.predictions(batch, output, temperature).logprobs_T
+        )
 
     def entropies(self, micro_batches: Sequence[MicroBatch], temperature: float) -> list[FloatRow] | None:
         """As `logprobs`, the entropy over the vocabulary at each token in nats."""
+        return self.rows(
+            micro_batches, lambda batch, output: self.predictions(batch, output, temperature).entropy_T
+        )
+
+    def rows(self, micro_batches: Sequence[MicroBatch], of: Row) -> list[FloatRow] | None:
+        """As `logprobs`, what `of` says of each micro-batch and the last stage's output for it."""
 
         def finish(batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, FloatRow]:
-            row_T = self.predictions(batch, output, temperature).entropy_T
-            return output.new_zeros(()), float_row(row_T.cpu().numpy())
+            return output.new_zeros(()), float_row(of(batch, output).cpu().numpy())
 
         return self.evaluate(micro_batches, finish)
 
@@ -241,9 +245,9 @@ class MegatronModel:
         """As FrozenModel.entropies, under the current weights."""
         return self._model.entropies(micro_batches, temperature)
 
-    def evaluate(self, micro_batches: Sequence[MicroBatch], finish: Finish) -> list[Any] | None:
-        """As FrozenModel.evaluate, under the current weights."""
-        return self._model.evaluate(micro_batches, finish)
+    def rows(self, micro_batches: Sequence[MicroBatch], of: Row) -> list[FloatRow] | None:
+        """As FrozenModel.rows, under the current weights."""
+        return self._model.rows(micro_batches, of)
 
     def step(
         self,
@@ -278,7 +282,7 @@ class MegatronModel:
         means = _reduce_sums(parts, self._model.device, num_loss_tokens, denominator)
         _check_finite(number, "loss", means["loss"])
         grad_norm = self._apply_gradients(number)
-        learning_rate = self._learning_rate()
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
         self.scheduler.step(increment=1)
         return StepResult(
             loss=means.pop("loss"), grad_norm=grad_norm, learning_rate=learning_rate, metrics=means
@@ -311,9 +315,6 @@ class MegatronModel:
         if not self.optimizer.step_with_ready_grads():
             raise StepFailedError(f"optimizer step {number}: Megatron's optimizer refused the gradients")
         return grad_norm
-
-    def _learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
 
 
 def _let_gradients_begin(chunks: Sequence[GPTModel], config: TransformerConfig) -> None:

@@ -13,7 +13,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from actors.megatron_divergence import aligned, vocab_parallel_divergence
 from actors.megatron_model import FrozenModel, MegatronModel, tensor_parallel_group
 from actors.megatron_topk import topk_divergence, vocab_parallel_topk
-from algorithms.data import FloatRow, MicroBatch, float_row
+from algorithms.data import FloatRow, MicroBatch
 from configs.gkd import GKDConfig
 
 Kept = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -130,12 +130,8 @@ def divergences(
     teacher: Teacher, student: MegatronModel, micro_batches: Sequence[MicroBatch]
 ) -> list[FloatRow] | None:
     """Divergence of the student as it is at each token, float32 [T] each; None off the last stage."""
-
-    def finish(batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, FloatRow]:
-        return output.new_zeros(()), float_row(teacher.divergence(batch, output[0]).cpu().numpy())
-
     teacher.look_at(micro_batches)
-    return student.evaluate(micro_batches, finish)
+    return student.rows(micro_batches, lambda batch, output: teacher.divergence(batch, output[0]))
 
 
 def _host_copies(

@@ -45,11 +45,7 @@ class TrainerGroup:
 
     def step(self, batch: Batch) -> StepResult:
         """One optimizer step on every rank."""
-        refs = [
-            rank.step.remote(batch.ranks[self._replica(number)], batch.num_loss_tokens, batch.denominator)
-            for number, rank in enumerate(self.ranks)
-        ]
-        return self._all(refs, "train step")[0]
+        return self._ask("step", batch, "train step", batch.num_loss_tokens, batch.denominator)[0]
 
     def logprobs(self, batch: Batch) -> tuple[tuple[FloatRow, ...], ...]:
         """Policy log-probabilities of the labels, by data-parallel rank and micro-batch."""
@@ -61,19 +57,11 @@ class TrainerGroup:
 
     def entropies(self, batch: Batch) -> tuple[tuple[FloatRow, ...], ...]:
         """Entropy of the policy at each token in nats, by data-parallel rank and micro-batch."""
-        refs = [
-            rank.entropies.remote(batch.ranks[self._replica(number)])
-            for number, rank in enumerate(self.ranks)
-        ]
-        return self._rows(refs, "entropies")
+        return self._rows("entropies", batch, "entropies")
 
     def divergences(self, batch: Batch) -> tuple[tuple[FloatRow, ...], ...]:
         """Divergence of the policy from the teacher at each token, by data-parallel rank and micro-batch."""
-        refs = [
-            rank.divergences.remote(batch.ranks[self._replica(number)])
-            for number, rank in enumerate(self.ranks)
-        ]
-        return self._rows(refs, "divergences")
+        return self._rows("divergences", batch, "divergences")
 
     def move_reference(self, share: float) -> None:
         """Let the reference be `share` of the policy and the rest of what it was."""
@@ -137,17 +125,23 @@ class TrainerGroup:
     def _logprobs(
         self, batch: Batch, *, reference: bool, temperature: float | None = None
     ) -> tuple[tuple[FloatRow, ...], ...]:
-        refs = [
-            rank.logprobs.remote(batch.ranks[self._replica(number)], reference, temperature)
-            for number, rank in enumerate(self.ranks)
-        ]
-        return self._rows(refs, "log-probabilities")
+        return self._rows("logprobs", batch, "log-probabilities", reference, temperature)
 
-    def _rows(self, refs: Sequence[Any], phase: str) -> tuple[tuple[FloatRow, ...], ...]:
+    def _rows(
+        self, method: str, batch: Batch, phase: str, *arguments: Any
+    ) -> tuple[tuple[FloatRow, ...], ...]:
         """What the last pipeline stages say of their micro-batches, by data-parallel rank."""
-        rows = self._all(refs, phase)
+        rows = self._ask(method, batch, phase, *arguments)
         found = {self._replica(number): tuple(row) for number, row in enumerate(rows) if row is not None}
         return tuple(found[replica] for replica in range(self._config.trainer.data_parallel_size))
+
+    def _ask(self, method: str, batch: Batch, phase: str, *arguments: Any) -> list[Any]:
+        """Call a method of every rank with its micro-batches and these arguments."""
+        refs = [
+            getattr(rank, method).remote(batch.ranks[self._replica(number)], *arguments)
+            for number, rank in enumerate(self.ranks)
+        ]
+        return self._all(refs, phase)
 
     def _all(self, refs: Sequence[Any], phase: str, timeout_s: float | None = None) -> list[Any]:
         return deadline.get_all(
