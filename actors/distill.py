@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.metrics import Console, RunRecorder, warn
-from actors.model_source import ModelSize, ModelSource, find_model, load_tokenizer, model_size, read_contents
+from actors.model_check import check_model
+from actors.model_source import ModelSize, ModelSource, find_model, load_tokenizer, model_size
 from actors.placement import Reservation
 from actors.teacher_server import TeacherServers
 from actors.trainer import TrainerGroup
@@ -15,11 +16,8 @@ from actors.trainer_rank import Sources
 from algorithms import gkd
 from algorithms.conversations import make_prompts, make_sft_samples
 from algorithms.data import Prompt, TrainSample
-from algorithms.datasets import Row, read_rows
+from algorithms.datasets import Row, read_splits
 from algorithms.prompts import PromptStream
-from bridge.families import spec_of
-from bridge.fit import check_layout
-from bridge.parameters import check_tensors
 from configs.errors import ConfigError
 from configs.schema import RunConfig
 
@@ -51,11 +49,7 @@ def find_teacher(
     if config.gkd.servers:
         return None, None
     source = find_model(config.model.teacher_model, config.model.mcore_teacher_model, "model.teacher_model")
-    family, spec = spec_of(source.directory)
-    check_layout(spec, config.trainer)
-    contents = read_contents(source)
-    if contents.tensors is not None:
-        check_tensors(family, spec, contents.tensors, source.directory, mtp=False)
+    contents = check_model(source, config, has_engines=False).contents
     check_same_tokens(load_tokenizer(student.directory), load_tokenizer(source.directory), source.directory)
     return source, model_size(source, contents.tensors)
 
@@ -97,7 +91,7 @@ def make_lessons(config: RunConfig, tokenizer: Any) -> Lessons:
     Raises ConfigError naming the row that is of no use.
     """
     data, settings = config.data, config.gkd
-    rows, held_out = (read_rows(data, split, config.seed) for split in ("train", "eval"))
+    rows, held_out = read_splits(data, config.seed)
 
     def to_samples(rows: Sequence[Row]) -> tuple[TrainSample, ...]:
         names = [gkd.teacher_of(row.columns, config) for row in rows]

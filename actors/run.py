@@ -10,33 +10,25 @@ from typing import Any
 from actors.adapter_source import find_adapter, read_adapter
 from actors.cluster import connect
 from actors.distill import Lessons, describe_lessons, find_teacher, make_lessons, run_gkd
-from actors.engine_support import check_adapter_modules, check_engines, check_not_quantized
+from actors.engine_support import check_adapter_modules
 from actors.env import check_one_source, resolve_device
 from actors.metrics import Console, RunRecorder, finite_or_none, headline, plot_curve, warn
-from actors.model_source import (
-    Contents,
-    ModelSource,
-    find_model,
-    load_tokenizer,
-    model_size,
-    read_contents,
-)
+from actors.model_check import CheckedModel, check_model
+from actors.model_source import find_model, load_tokenizer, model_size
 from actors.placement import Bundle, Reservation, bundles_of, reserve
 from actors.trainer import TrainerGroup
 from actors.trainer_rank import MERGED, Sources
 from algorithms import grpo, sft
 from algorithms.conversations import Samples, make_prompts, make_sft_samples
 from algorithms.data import Prompt
-from algorithms.datasets import read_rows
+from algorithms.datasets import read_splits
 from algorithms.formula import doubts, loss_line
 from algorithms.prompts import PromptStream
 from algorithms.rewards.loading import Reward, check_arguments, load_rewards
 from algorithms.roles import Roles
-from bridge.families import read_hf_config, spec_of
-from bridge.fit import check_layout
+from bridge.families import read_hf_config
 from bridge.frozen import frozen_parameters
 from bridge.model_bridge import ModelBridge
-from bridge.parameters import check_tensors
 from bridge.partial_directory import check_replaceable
 from bridge.rules import MegatronSpec
 from configs.errors import BasculeError, ConfigError
@@ -74,24 +66,22 @@ def prepare(config: RunConfig) -> Prepared:
             "bridge.transport: cupy_nccl moves bytes from GPU to GPU; on a cpu it has to be gloo"
         )
     source = find_model(config.model.model, config.model.mcore_model, "model.model")
-    spec, contents = _check_model(source, config, has_engines=has_engines)
+    policy = check_model(source, config, has_engines=has_engines)
+    spec, contents = policy.spec, policy.contents
     adapter = find_adapter(config.tuner, ModelBridge(source.directory, contents.tensors))
-    family, _ = spec_of(source.directory)
-    frozen = frozen_parameters(family, spec, contents.tensors, config.trainer.freeze)
+    frozen = frozen_parameters(policy.family, spec, contents.tensors, config.trainer.freeze)
     sources = Sources(model=source, adapter=adapter, frozen=frozen)
     if has_engines and adapter is not None and config.rollout.vllm_enable_lora:
         check_adapter_modules(read_hf_config(source.directory), sorted(adapter.modules), device)
     if is_grpo:
-        sources = _with_reference(config, sources, spec, contents)
+        sources = _with_reference(config, sources, policy)
     size = model_size(source, contents.tensors)
     tokenizer = load_tokenizer(source.directory)
     teacher, lessons = None, None
     if config.algorithm == "gkd":
         found, teacher = find_teacher(config, source)
         sources, lessons = replace(sources, teacher=found), make_lessons(config, tokenizer)
-    rows, held_out_rows = (
-        [] if lessons else read_rows(config.data, split, config.seed) for split in ("train", "eval")
-    )
+    rows, held_out_rows = ([], []) if lessons else read_splits(config.data, config.seed)
     prompts = (
         make_prompts(rows, tokenizer, config.data) if is_grpo else list(lessons.prompts if lessons else ())
     )
@@ -125,29 +115,8 @@ def prepare(config: RunConfig) -> Prepared:
     )
 
 
-def _check_model(
-    source: ModelSource, config: RunConfig, *, has_engines: bool
-) -> tuple[MegatronSpec, Contents]:
-    """Config, layout, and the headers of the weights, against each other. Raises ConfigError."""
-    family, spec = spec_of(source.directory)
-    hf_config = read_hf_config(source.directory)
-    if has_engines:
-        check_engines(source.directory, hf_config, config.rollout.tensor_parallel_size)
-    check_layout(spec, config.trainer)
-    contents = read_contents(source)
-    if has_engines:
-        check_not_quantized(source, hf_config, contents)
-    if contents.tensors is not None:
-        # Layers for multi-token prediction are not trained.
-        check_tensors(family, spec, contents.tensors, source.directory, mtp=False)
-    return spec, contents
-
-
-def _with_reference(config: RunConfig, sources: Sources, spec: MegatronSpec, contents: Contents) -> Sources:
-    """With the reference, if the run has one of its own; it must be able to score the policy's tokens.
-
-    `contents` are those of the policy.
-    """
+def _with_reference(config: RunConfig, sources: Sources, policy: CheckedModel) -> Sources:
+    """With the reference, if the run has one of its own; it must be able to score the policy's tokens."""
     model, ref_adapters = config.model, config.tuner.ref_adapters
     given = model.ref_model is not None or model.mcore_ref_model is not None
     if config.grpo.beta == 0:
@@ -158,18 +127,18 @@ def _with_reference(config: RunConfig, sources: Sources, spec: MegatronSpec, con
     # The model without its adapters is there already, unless more than adapters is trained.
     if sources.adapter is not None and not (given or ref_adapters or config.tuner.modules_to_save):
         return sources
-    source = sources.model
+    source, checked = sources.model, policy
     if given:
         source = find_model(model.ref_model, model.mcore_ref_model, "model.ref_model")
-        ref_spec, contents = _check_model(source, config, has_engines=False)
-        if ref_spec.vocab_size != spec.vocab_size:
+        checked = check_model(source, config, has_engines=False)
+        if checked.spec.vocab_size != policy.spec.vocab_size:
             raise ConfigError(
-                f"model.ref_model: {source.directory} has {ref_spec.vocab_size} tokens in its "
-                f"vocabulary, the model {spec.vocab_size}"
+                f"model.ref_model: {source.directory} has {checked.spec.vocab_size} tokens in its "
+                f"vocabulary, the model {policy.spec.vocab_size}"
             )
     adapter = None
     if ref_adapters is not None:
-        base = ModelBridge(source.directory, contents.tensors)
+        base = ModelBridge(source.directory, checked.contents.tensors)
         adapter = read_adapter(ref_adapters, base, "tuner.ref_adapters")
     return replace(sources, reference=source, reference_adapter=adapter)
 

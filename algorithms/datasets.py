@@ -57,14 +57,24 @@ def read_rows(data: DataConfig, split: Split, seed: int = 42) -> list[Row]:
     there are fewer rows. The same arguments give the same rows. Raises ConfigError for a dataset that is
     missing, malformed or empty.
     """
+    if data.split_dataset_ratio:
+        return read_splits(data, seed)[0 if split == "train" else 1]
+    sources = sources_of(data.dataset)
     if split == "train":
-        return [row for source in sources_of(data.dataset) for row in _training_rows(source, data, seed)]
+        return [
+            row for source in sources for row in _draw(_all_rows(source, "train", data, seed), source, seed)
+        ]
     if data.eval_dataset:
         return _evaluation_rows(sources_of(data.eval_dataset), data, seed)
-    sources = sources_of(data.dataset)
-    if data.split_dataset_ratio:
-        return [row for source in sources for row in _split(source, data, seed)[1]]
     return _evaluation_rows([source for source in sources if source.is_generated], data, seed)
+
+
+def read_splits(data: DataConfig, seed: int = 42) -> tuple[list[Row], list[Row]]:
+    """The rows of both splits, as read_rows has them; datasets that are split themselves are read once."""
+    if not data.split_dataset_ratio:
+        return read_rows(data, "train", seed), read_rows(data, "eval", seed)
+    pairs = [_split(source, data, seed) for source in sources_of(data.dataset)]
+    return [row for kept, _ in pairs for row in kept], [row for _, held in pairs for row in held]
 
 
 def _evaluation_rows(sources: Sequence[Source], data: DataConfig, seed: int) -> list[Row]:
@@ -77,12 +87,6 @@ def _evaluation_rows(sources: Sequence[Source], data: DataConfig, seed: int) -> 
     # In turns, so that each is among the first ones.
     mixed = [row for turn in zip_longest(*found) for row in turn if row is not None]
     return mixed[: data.eval_size]
-
-
-def _training_rows(source: Source, data: DataConfig, seed: int) -> list[Row]:
-    if data.split_dataset_ratio:
-        return _split(source, data, seed)[0]
-    return _draw(_all_rows(source, "train", data, seed), source, seed)
 
 
 def _all_rows(source: Source, split: Split, data: DataConfig, seed: int) -> list[Row]:
