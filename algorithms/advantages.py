@@ -27,6 +27,8 @@ def advantages_of(
     Sources: Shao et al. 2024 (grpo), Ahmadian et al. 2024 (rloo), Hu et al. 2025 (REINFORCE++, its baseline
     form), Liu et al. 2026 (gdpo), Liu et al. 2025 (Dr. GRPO: no deviation). See docs/algorithms.md.
     """
+    if not groups:
+        return []
     values = [row.astype(np.float64) for row in rewards]
     match settings.advantage_estimator:
         case "grpo" | "rloo":

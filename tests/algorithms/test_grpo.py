@@ -208,6 +208,20 @@ def test_steps_without_signal_do_not_train_and_end_the_run_after_the_limit() -> 
     assert recorder.versions == [0] * 6
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scale_rewards": "batch"},
+        {"advantage_estimator": "rloo"},
+        {"advantage_estimator": "reinforce_plus_plus_baseline"},
+        {"advantage_estimator": "gdpo"},
+    ],
+)
+def test_steps_without_signal_are_empty_under_every_estimator(settings: dict[str, object]) -> None:
+    with pytest.raises(BasculeError, match="2 steps in a row, the last one step 2"):
+        run(config(max_empty_steps=2, **settings), [1.0, 1.0, 1.0, 1.0])
+
+
 def test_more_optimizer_steps_use_log_probabilities_from_before_the_first() -> None:
     trainer, _, _ = run(config(steps_per_generation=2, beta=0.1), [1.0, 0.0, 0.0, 1.0])
     once = ["reference", "logprobs", "logprobs"] + ["step"] * 2
