@@ -46,7 +46,7 @@ class GRPOConfig(Section):
     `reinforce_plus_plus` the batch's mean, its `_baseline` form the group's, both then whitened over the tokens
     of the batch, `gdpo` the group's mean for each reward function by itself."""
     scale_rewards: Literal["group", "batch", "none"] | None = None
-    """Divide advantages of `grpo` and `rloo` by the standard deviation of rewards in the group or batch. By
+    """Divide advantages of `grpo` and `rloo` by the deviation of rewards in the group, or in all trained on. By
     default by the group's for grpo, as in TRL, and not for rloo; ms-swift divides both."""
     soft_overlong_cache: int | None = Field(default=None, ge=1)
     """Last tokens before max_completion_length in which the reward falls evenly by 1, as in DAPO."""
