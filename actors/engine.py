@@ -135,9 +135,10 @@ class Engine:
             self._require_alive()
             await asyncio.sleep(_LOOK_S)
 
-    async def generate(self, prompt: Prompt, sampling: SamplingSettings) -> Group:
+    async def generate(self, prompt: Prompt, sampling: SamplingSettings, listener: Any = None) -> Group:
         """`sampling.n` completions; an aborted one has what it got so far. Waits while the engine is paused.
 
+        A `listener` is an actor that hears of each completion as soon as it is there (RewardWorker.hear).
         Raises EngineError when prompt and completion do not fit into the model's length, when the last
         weight update failed, or when vLLM fails.
         """
@@ -155,7 +156,9 @@ class Engine:
         self._in_flight[request.name] = request
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._complete(request, index)) for index in range(sampling.n)]
+                tasks = [
+                    group.create_task(self._complete(request, index, listener)) for index in range(sampling.n)
+                ]
         except ExceptionGroup as errors:
             raise self._failure(f"prompt {prompt.id}", errors.exceptions[0]) from errors.exceptions[0]
         finally:
@@ -291,7 +294,7 @@ class Engine:
         await self._llm.collective_rpc("activate_adapter")
         self._lora_request = adapter_request()
 
-    async def _complete(self, request: _Request, index: int) -> Rollout:
+    async def _complete(self, request: _Request, index: int, listener: Any) -> Rollout:
         pieces: list[Any] = []
         while True:
             await self._unpaused(request)
@@ -304,7 +307,11 @@ class Engine:
         request.unfinished -= 1
         if pieces and pieces[-1].finish_reason not in ("stop", "length", "abort"):
             raise EngineError(f"{self._name}: vLLM ended a completion with {pieces[-1].finish_reason!r}")
-        return joined(pieces, request.prompt, request.sampling, self._llm.tokenizer, self._version)
+        rollout = joined(pieces, request.prompt, request.sampling, self._llm.tokenizer, self._version)
+        if listener is not None:
+            # Not waited for, and of no consequence when it is lost: the group is scored all the same.
+            listener.hear.remote(request.prompt, rollout)
+        return rollout
 
     async def _sample(self, request: _Request, index: int, before: Sequence[Any]) -> Any:
         """What vLLM completes of one completion, up to a pause that aborts it."""

@@ -16,7 +16,7 @@ from actors.engine_pool import EnginePool, Member
 from actors.engine_settings import engine_environment
 from actors.engine_work import Request, Running, Work
 from actors.env import resolve_device
-from algorithms.data import Group
+from algorithms.data import Group, Prompt
 from configs.errors import BasculeError
 from configs.schema import RunConfig
 
@@ -40,6 +40,7 @@ class EngineGroup:
         self._timeout_s = timeout_s
         self._give_weights: Callable[[Member], None] = pool.admit
         self._work: list[Work] = []
+        self._listener_of: Callable[[Prompt], Any] = lambda _: None
 
     def __len__(self) -> int:
         return len(self.pool)
@@ -85,6 +86,10 @@ class EngineGroup:
     def welcome_with(self, give_weights: Callable[[Member], None]) -> None:
         """Call this for an engine that was started again; it has to give it weights and admit it to the pool."""
         self._give_weights = give_weights
+
+    def heard_by(self, listener_of: Callable[[Prompt], Any]) -> None:
+        """Tell the actor that this gives for a prompt of each of its completions as soon as it is there."""
+        self._listener_of = listener_of
 
     def meet(
         self,
@@ -202,7 +207,7 @@ class EngineGroup:
                 engine = self._room.take(sampling.n, members)
                 if engine is None:
                     return
-                ref = members[engine].actor.generate.remote(prompt, sampling)
+                ref = members[engine].actor.generate.remote(prompt, sampling, self._listener_of(prompt))
                 work.running[ref] = Running(member=members[engine], request=work.waiting.pop())
 
     def _wait_for_a_group(self) -> None:

@@ -1,15 +1,10 @@
 """What a process must find before it does anything: one source of code, one device, its environment."""
 
-import ctypes
 import importlib
-import os
-import signal
-import sys
 from pathlib import Path
 
 from configs.errors import BasculeError, ConfigError
 
-_PR_SET_PDEATHSIG = 1
 PACKAGES = ("actors", "bridge", "algorithms", "configs")
 
 
@@ -30,17 +25,6 @@ def _folder(package: str) -> Path:
     if file is None:
         raise BasculeError(f"package {package} is not this project's: it has no __init__.py")
     return Path(file).resolve().parent.parent
-
-
-def end_with_parent() -> None:
-    """Let the kernel kill this process when its parent dies, whatever this process is doing then. Linux only.
-
-    A reward function that holds the interpreter cannot notice by itself.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:
-            os._exit(1)
 
 
 def resolve_device(device: str) -> str:

@@ -99,7 +99,8 @@ def bundles_of(
     )
     small: list[Bundle] = []
     if config.algorithm == "grpo":
-        small.append(Bundle(owner="reward", cpus=_SMALL_CPUS, gpus=0, memory=_GIB // 2))
+        worker = Bundle(owner="reward", cpus=_SMALL_CPUS, gpus=0, memory=_GIB // 2)
+        small += [worker] * config.reward_workers.num_workers
     if settings.placement == "trainer":
         ranks[0] = replace(ranks[0], memory=ranks[0].memory + held)
     else:

@@ -1,15 +1,13 @@
-"""Reward functions on Ray: each worker runs them in a child process, which it can end when one hangs."""
+"""Rewards on Ray: workers that run them in child processes, and the group of workers as one judge."""
 
+import asyncio
 import contextlib
-import os
-import signal
-import subprocess
-import sys
 import time
+import zlib
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from typing import Any
 
 import ray
@@ -17,144 +15,149 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.deadline import DeadlineExceededError, get, get_all
-from actors.env import end_with_parent
-from algorithms.data import Group, Scored, float_row
+from algorithms.data import Group, Prompt, Rollout, Scored, Verdict
+from algorithms.rewards.child import Loaded
 from algorithms.rewards.loading import RewardSource, read_sources
-from algorithms.rewards.scoring import Call, RewardError, late, serve
+from algorithms.rewards.process import MARGIN_S, RewardRunner, Verdicts
+from algorithms.rewards.settling import Settler
 from configs.errors import BasculeError
+from configs.rewards import RewardWorkersConfig
 from configs.schema import RunConfig
 
 CPUS_PER_REWARD_WORKER = 0.1
-# Beyond what the functions may take: the transfer of a group, and a process that waits for a busy machine.
-MARGIN_S = 60.0
-# Not multiprocessing's spawn: that would import Ray's worker script, and so Ray, once more in the child.
-CHILD = (
-    "import sys; from multiprocessing.connection import Connection; "
-    f"from {end_with_parent.__module__} import {end_with_parent.__name__}; {end_with_parent.__name__}(); "
-    f"from {serve.__module__} import {serve.__name__}; {serve.__name__}(Connection(int(sys.argv[1])))"
-)
+# Completions that were heard of and that no group has come for; a run that gives groups up has some.
+_MAX_EARLY = 10_000
 
-
-class RewardProcess:
-    """The reward functions in a child process; it is started when needed and ended when a call is late.
-
-    A thread could not be ended, and a regular expression or a C extension that hangs holds the
-    interpreter, so the process that waits has to be another one than the process that calls.
-    """
-
-    def __init__(self, sources: Sequence[RewardSource], *, start_timeout_s: float) -> None:
-        self._sources, self._start_timeout_s = tuple(sources), start_timeout_s
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
-
-    def start(self) -> None:
-        """Start the child and load the functions there. Raises the ConfigError of a function that fails."""
-        ours, theirs = Pipe()
-        self._connection = ours
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", CHILD, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            start_new_session=True,
-        )
-        theirs.close()
-        names = ", ".join(source.name for source in self._sources)
-        self._send(self._sources)
-        self._receive(f"rewards {names}: while being loaded", self._start_timeout_s)
-
-    def score(self, group: Group) -> Scored:
-        """`group` with its rewards. Raises RewardError naming the function and the sample."""
-        if self._process is None or self._process.poll() is not None:
-            self.start()
-        self._send(group)
-        call: Call | None = None
-        while True:
-            if call is None:
-                message = self._receive(f"rewards of prompt {group.prompt.id}", MARGIN_S)
-            else:
-                message = self._receive(str(call), call.timeout_s, late(call))
-            if not isinstance(message, Call):
-                rewards, parts = message
-                return Scored(group=group, rewards=float_row(rewards), parts=parts)
-            call = message
-
-    def close(self) -> None:
-        """End the child, and with it what it started."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-    def _send(self, value: object) -> None:
-        assert self._connection is not None
-        # A child that is gone is told by what is, or is not, received next.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._connection.send(value)
-
-    def _receive(self, what: str, timeout_s: float, too_late: str | None = None) -> Any:
-        assert self._connection is not None
-        assert self._process is not None
-        try:
-            answered = self._connection.poll(timeout_s)
-            message = self._connection.recv() if answered else None
-        except (EOFError, ConnectionResetError):
-            code = self._process.wait()
-            self.close()
-            raise RewardError(
-                f"{what}: the process ended with exit code {code} (negative: killed by that signal, 9 is "
-                "often a lack of memory)"
-            ) from None
-        if not answered:
-            self.close()
-            raise RewardError(too_late or f"{what}: no answer within {timeout_s:g} s")
-        if isinstance(message, BasculeError):
-            raise message
-        return message
+Key = tuple[str, bytes]
 
 
 class RewardWorker:
-    """Ray actor around a RewardProcess."""
+    """Ray actor around a RewardRunner. Its methods are async, so that it answers while functions run."""
 
     def __init__(self, sources: Sequence[RewardSource], start_timeout_s: float) -> None:
-        self._process = RewardProcess(sources, start_timeout_s=start_timeout_s)
+        self._start_timeout_s = start_timeout_s
+        self._runner = RewardRunner(sources, start_timeout_s=start_timeout_s)
+        self._next: RewardRunner | None = None
+        self._early: OrderedDict[Key, list[Future[Verdicts]] | None] = OrderedDict()
+        self._finished = 0
 
-    def start(self) -> None:
-        """Load the functions. Raises ConfigError."""
-        self._process.start()
+    async def start(self) -> tuple[Loaded, ...]:
+        """Load the rewards. Raises ConfigError."""
+        return await asyncio.to_thread(self._runner.start)
 
-    def score(self, group: Group) -> Scored:
-        """`group` with its rewards. Raises RewardError."""
-        return self._process.score(group)
+    async def hear(self, prompt: Prompt, rollout: Rollout) -> None:
+        """Begin with a completion whose group is still being sampled: what is called per completion can start."""
+        key = _key(prompt, rollout)
+        if key in self._early:
+            return
+        group = Group(prompt=prompt, rollouts=(rollout,))
+        self._remember(key, self._runner.submit(group, (0,), self._per_completion()))
 
-    def close(self) -> None:
-        """End the child process."""
-        self._process.close()
+    async def score(self, group: Group) -> dict[str, tuple[Verdict, ...]]:
+        """What each reward says of each completion, by reward."""
+        indices = range(len(group.rollouts))
+        early = self._per_completion()
+        whole = [number for number in range(len(self._runner.loaded)) if number not in early]
+        jobs: dict[int, list[tuple[int, Future[Verdicts], int]]] = {number: [] for number in early}
+        for index, rollout in enumerate(group.rollouts):
+            heard = self._early.get(_key(group.prompt, rollout))
+            futures, place = (heard, 0) if heard else (self._runner.submit(group, (index,), early), index)
+            for number, future in zip(early, futures, strict=True):
+                jobs[number].append((index, future, place))
+            # Remembered as done, for the engine's message may come after the group.
+            self._remember(_key(group.prompt, rollout), None)
+        for number, future in zip(whole, self._runner.submit(group, indices, whole), strict=True):
+            jobs[number] = [(index, future, index) for index in indices]
+        found: dict[str, tuple[Verdict, ...]] = {}
+        for number, loaded in enumerate(self._runner.loaded):
+            verdicts: dict[int, Verdict] = {}
+            for index, future, place in jobs[number]:
+                verdicts[index] = (await asyncio.wrap_future(future))[place]
+                self._finished += 1
+            found[loaded.name] = tuple(verdicts[index] for index in indices)
+        return found
+
+    async def finished(self) -> int:
+        """How many calls have ended so far: one that works on moves on."""
+        return self._finished
+
+    async def load(self, sources: Sequence[RewardSource]) -> tuple[Loaded, ...]:
+        """Load other rewards beside those in use. Raises ConfigError, and nothing has changed then."""
+        await self.drop()
+        following = RewardRunner(sources, start_timeout_s=self._start_timeout_s)
+        try:
+            loaded = await asyncio.to_thread(following.start)
+        except BasculeError:
+            following.close()
+            raise
+        self._next = following
+        return loaded
+
+    async def swap(self) -> None:
+        """Use what was loaded from now on. Nothing may be under way that is still waited for."""
+        assert self._next is not None, "loaded before"
+        old, self._runner, self._next = self._runner, self._next, None
+        self._early.clear()
+        await asyncio.to_thread(old.close)
+
+    async def drop(self) -> None:
+        """Forget what was loaded and not used."""
+        if self._next is not None:
+            following, self._next = self._next, None
+            await asyncio.to_thread(following.close)
+
+    async def close(self) -> None:
+        """End the child processes."""
+        await self.drop()
+        await asyncio.to_thread(self._runner.close)
+
+    def _per_completion(self) -> list[int]:
+        loaded = self._runner.loaded
+        return [number for number, each in enumerate(loaded) if each.signature.style == "sample"]
+
+    def _remember(self, key: Key, futures: list[Future[Verdicts]] | None) -> None:
+        self._early[key] = futures
+        self._early.move_to_end(key)
+        while len(self._early) > _MAX_EARLY:
+            self._early.popitem(last=False)
+
+
+def _key(prompt: Prompt, rollout: Rollout) -> Key:
+    return prompt.id, rollout.tokens.tobytes()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Pending:
     worker: int
-    prompt: str
+    group: Group
     deadline: float
+    limit_s: float
+    finished: int
 
 
 class RewardGroup:
     """Workers that score groups as they come in (algorithms.roles.Judge)."""
 
-    def __init__(self, workers: Sequence[Any], sources: Sequence[RewardSource]) -> None:
-        self._workers = tuple(workers)
-        self.sources = tuple(sources)
-        self._busy_until = [0.0 for _ in workers]
+    def __init__(
+        self, workers: Sequence[Any], sources: Sequence[RewardSource], settings: RewardWorkersConfig
+    ) -> None:
+        self.workers = tuple(workers)
+        self.sources: tuple[RewardSource, ...] = ()
+        self._settings = settings
+        self._use(sources)
+
+    def worker_for(self, prompt: Prompt) -> Any:
+        """The actor that scores the completions of a prompt, and should hear of each as soon as it is there."""
+        return self.workers[self._place_of(prompt)]
+
+    def _place_of(self, prompt: Prompt) -> int:
+        return zlib.crc32(prompt.id.encode()) % len(self.workers)
 
     def score(self, groups: Iterable[Group]) -> Iterator[Scored]:
         """Each group with its rewards, in the order they finish; workers score while `groups` is waited for.
 
-        Raises RewardError from the first function that fails, or DeadlineExceededError when a worker does
-        not answer at all.
+        Raises RewardError for what Settler does not let pass, or DeadlineExceededError when a worker does not
+        answer at all.
         """
         pending: dict[Any, _Pending] = {}
         for group in groups:
@@ -164,22 +167,43 @@ class RewardGroup:
         while pending:
             yield from self._finished(pending, wait=True)
 
+    def reload(self, sources: Sequence[RewardSource], timeout_s: float) -> tuple[Loaded, ...]:
+        """Use other rewards from now on; all workers have loaded them before any uses them.
+
+        Raises ConfigError for one that does not load; the old ones stay in use then.
+        """
+        owners = [f"reward worker {index}" for index in range(len(self.workers))]
+        loading = [worker.load.remote(sources) for worker in self.workers]
+        try:
+            loaded = get_all(loading, owners, timeout_s=timeout_s + MARGIN_S, phase="load rewards")
+        except BasculeError:
+            for worker in self.workers:
+                worker.drop.remote()
+            raise
+        swapping = [worker.swap.remote() for worker in self.workers]
+        get_all(swapping, owners, timeout_s=MARGIN_S, phase="swap rewards")
+        self._use(sources)
+        return loaded[0]
+
     def close(self) -> None:
         """End the workers and their child processes."""
-        for worker in self._workers:
+        for worker in self.workers:
             # Without the call a child would stay until it notices that the pipe is closed.
             with contextlib.suppress(BasculeError):
                 get(worker.close.remote(), "reward worker", timeout_s=5, phase="close")
             ray.kill(worker)
 
+    def _use(self, sources: Sequence[RewardSource]) -> None:
+        self.sources = tuple(sources)
+        self._settler = Settler({source.name: source.config for source in sources}, self._settings)
+
     def _send(self, group: Group) -> tuple[Any, _Pending]:
-        worker = min(range(len(self._workers)), key=self._busy_until.__getitem__)
-        limit_s = sum(source.config.timeout_s for source in self.sources) * len(group.rollouts)
-        start = max(time.monotonic(), self._busy_until[worker])
-        deadline = start + limit_s + MARGIN_S
-        self._busy_until[worker] = start + limit_s
-        ref = self._workers[worker].score.remote(group)
-        return ref, _Pending(worker=worker, prompt=group.prompt.id, deadline=deadline)
+        worker = self._place_of(group.prompt)
+        limit_s = MARGIN_S + sum(source.config.timeout_s for source in self.sources) * len(group.rollouts)
+        task = _Pending(
+            worker=worker, group=group, deadline=time.monotonic() + limit_s, limit_s=limit_s, finished=-1
+        )
+        return self.workers[worker].score.remote(group), task
 
     def _finished(self, pending: dict[Any, _Pending], *, wait: bool) -> Iterator[Scored]:
         first_deadline = min(task.deadline for task in pending.values())
@@ -187,45 +211,63 @@ class RewardGroup:
         count, timeout_s = (1, left_s) if wait else (len(pending), 0.0)
         ready, _ = ray.wait(list(pending), num_returns=count, timeout=timeout_s)
         if not ready and left_s == 0.0:
-            raise self._late(pending)
+            self._look_after(pending)
         for ref in ready:
             task = pending.pop(ref)
-            if not any(other.worker == task.worker for other in pending.values()):
-                self._busy_until[task.worker] = 0.0
-            yield get(ref, f"reward worker {task.worker}", timeout_s=MARGIN_S, phase="score")
+            said: Mapping[str, Sequence[Verdict]] = get(
+                ref, f"reward worker {task.worker}", timeout_s=MARGIN_S, phase="score"
+            )
+            yield self._settler.settle(task.group, said)
 
-    def _late(self, pending: Mapping[Any, _Pending]) -> DeadlineExceededError:
-        task = min(pending.values(), key=lambda each: each.deadline)
-        ray.kill(self._workers[task.worker])
+    def _look_after(self, pending: dict[Any, _Pending]) -> None:
+        """Give a late group more time while its worker gets on with calls, those of other groups maybe."""
+        ref, task = min(pending.items(), key=lambda each: each[1].deadline)
+        owner = f"reward worker {task.worker}"
+        with contextlib.suppress(DeadlineExceededError):
+            finished = get(
+                self.workers[task.worker].finished.remote(), owner, timeout_s=MARGIN_S, phase="score"
+            )
+            if finished > task.finished:
+                pending[ref] = _Pending(
+                    worker=task.worker,
+                    group=task.group,
+                    deadline=time.monotonic() + task.limit_s,
+                    limit_s=task.limit_s,
+                    finished=finished,
+                )
+                return
+        ray.kill(self.workers[task.worker])
         names = ", ".join(source.name for source in self.sources)
-        return DeadlineExceededError(
-            f"score: reward worker {task.worker} gave no answer for prompt {task.prompt} within the timeouts "
-            f"of its functions ({names}), although it ends late ones itself; its machine may be gone"
+        raise DeadlineExceededError(
+            f"score: {owner} gave no answer for prompt {task.group.prompt.id} within the timeouts of its "
+            f"functions ({names}), although it ends late ones itself; its machine may be gone"
         )
 
 
 def create_reward_group(
-    config: RunConfig,
-    placement_group: PlacementGroup | None = None,
-    bundle_index: int = -1,
-    num_workers: int = 1,
+    config: RunConfig, placement_group: PlacementGroup | None = None, bundle_indices: Sequence[int] = ()
 ) -> RewardGroup:
-    """Workers with the functions of `config.rewards` loaded, in a bundle of `placement_group` if given.
+    """Workers with the rewards of `config` loaded: one in each bundle, or without bundles where there is room.
 
-    Raises ConfigError for a function that cannot be loaded, DeadlineExceededError, ActorLostError.
+    Raises ConfigError for a reward that cannot be loaded, DeadlineExceededError, ActorLostError.
     """
     sources = read_sources(config.rewards)
-    strategy: Any = "DEFAULT"
-    if placement_group is not None:
-        strategy = PlacementGroupSchedulingStrategy(
-            placement_group=placement_group, placement_group_bundle_index=bundle_index
-        )
+    count, timeout_s = config.reward_workers.num_workers, config.cluster.start_timeout_s
     remote: Any = ray.remote(RewardWorker)
-    actor = remote.options(num_cpus=CPUS_PER_REWARD_WORKER, max_restarts=0, scheduling_strategy=strategy)
-    timeout_s = config.cluster.start_timeout_s
-    workers = [actor.remote(sources, timeout_s) for _ in range(num_workers)]
-    owners = [f"reward worker {index}" for index in range(num_workers)]
+
+    def make(index: int) -> Any:
+        strategy: Any = "DEFAULT"
+        if placement_group is not None:
+            strategy = PlacementGroupSchedulingStrategy(
+                placement_group=placement_group, placement_group_bundle_index=bundle_indices[index]
+            )
+        # All groups of a step at one time, and what engines say meanwhile: they are waits, not threads.
+        options = {"num_cpus": CPUS_PER_REWARD_WORKER, "max_restarts": 0, "max_concurrency": 10_000}
+        return remote.options(**options, scheduling_strategy=strategy).remote(sources, timeout_s)
+
+    workers = [make(index) for index in range(count)]
+    owners = [f"reward worker {index}" for index in range(count)]
     started = [worker.start.remote() for worker in workers]
     # A worker whose functions take too long to load says so itself, and by name.
     get_all(started, owners, timeout_s=timeout_s + MARGIN_S, phase="load rewards")
-    return RewardGroup(workers, sources)
+    return RewardGroup(workers, sources, config.reward_workers)

@@ -24,7 +24,8 @@ from algorithms.data import Prompt
 from algorithms.datasets import read_splits
 from algorithms.formula import doubts, loss_line
 from algorithms.prompts import PromptStream
-from algorithms.rewards.loading import Reward, check_arguments, load_rewards
+from algorithms.rewards.loading import Reward, load_rewards
+from algorithms.rewards.signature import check_arguments
 from algorithms.roles import Roles
 from bridge.families import read_hf_config
 from bridge.frozen import frozen_parameters
@@ -98,7 +99,7 @@ def prepare(config: RunConfig) -> Prepared:
     # Rows may have different columns; each kind of row is checked once.
     for columns in {frozenset(prompt.columns) for prompt in [*prompts, *held_out]}:
         for reward in rewards:
-            check_arguments(reward, columns)
+            check_arguments(reward.signature, reward.config.spelled, columns)
     return Prepared(
         config=config,
         sources=sources,
@@ -212,7 +213,8 @@ def _run_grpo(
     with launch(
         config, prepared.sources, prepared.device, reservation, directory, console, probe=probe
     ) as actors:
-        judge = create_reward_group(config, reservation.group, reservation.indices("reward")[0])
+        judge = create_reward_group(config, reservation.group, reservation.indices("reward"))
+        actors.engines.heard_by(judge.worker_for)
         console.line(f"trainers, engines and bridge are up after {time.monotonic() - start:.1f}s")
         roles = Roles(
             trainer=actors.trainers,
@@ -341,7 +343,7 @@ def describe(prepared: Prepared) -> Sequence[str]:
             f"{settings.optimizer_steps} optimizer step(s)",
             f"loss: {loss_line(settings)}",
             *(f"doubtful: {doubt}" for doubt in doubts(settings, len(prepared.rewards))),
-            *(f"reward: {reward.name}, weight {reward.weight:g}" for reward in prepared.rewards),
+            *(reward.describe() for reward in prepared.rewards),
         ]
     elif prepared.lessons is not None:
         lines += describe_lessons(config, prepared.sources, prepared.lessons)

@@ -1,7 +1,7 @@
 """One frozen type per stage of a step. Rows are read-only numpy arrays, so they cross Ray without copies."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -76,12 +76,45 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """A value for the sampled tokens `start` to `end` (not included) of a completion."""
+
+    start: int
+    end: int
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What one reward said of one completion, or why it said nothing.
+
+    `value` is None where the reward does not apply, and where there is an `error`. `parts` are further numbers,
+    `notes` further texts to be looked at; neither is part of the reward. A call of a whole group counts its
+    `seconds` for each completion.
+    """
+
+    value: float | None = None
+    parts: Mapping[str, float | None] = field(default_factory=dict[str, float | None])
+    notes: Mapping[str, str] = field(default_factory=dict[str, str])
+    spans: tuple[Span, ...] = ()
+    error: str | None = None
+    timed_out: bool = False
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Scored:
-    """A group with its rewards: the weighted sum, NaN where no function applied, values by function."""
+    """A group with its rewards: the weighted sum, NaN where none applied, and by reward the values that count.
+
+    `verdicts` are what the rewards said, by reward; `credits` has what their spans add to the advantage of each
+    sampled token, by completion, and is empty where there are no spans.
+    """
 
     group: Group
     rewards: FloatRow
     parts: Mapping[str, tuple[float | None, ...]]
+    verdicts: Mapping[str, tuple[Verdict, ...]] = field(default_factory=dict[str, tuple[Verdict, ...]])
+    credits: tuple[FloatRow, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -55,8 +55,30 @@ def reward_metrics(scored: Sequence[Scored]) -> dict[str, float]:
         "completions/aborted_ratio": float(np.mean([rollout.finish == "abort" for rollout in rollouts])),
     }
     for name in scored[0].parts:
-        values = [value for each in scored for value in each.parts[name]]
-        given = [value for value in values if value is not None]
-        metrics[f"rewards/{name}/mean"] = float(np.mean(given)) if given else float("nan")
-        metrics[f"rewards/{name}/none_ratio"] = 1 - len(given) / len(values)
+        metrics |= _of_reward(name, scored)
+    return metrics
+
+
+def _of_reward(name: str, scored: Sequence[Scored]) -> dict[str, float]:
+    """Of one reward: mean, deviation and share of None of its values; of its calls failures and times."""
+    values = [value for each in scored for value in each.parts[name]]
+    given = [value for value in values if value is not None]
+    metrics = {
+        f"rewards/{name}/mean": float(np.mean(given)) if given else float("nan"),
+        f"rewards/{name}/std": float(np.std(given)) if given else float("nan"),
+        f"rewards/{name}/none_ratio": 1 - len(given) / len(values),
+    }
+    verdicts = [verdict for each in scored for verdict in each.verdicts.get(name, ())]
+    if not verdicts:
+        return metrics
+    seconds = [verdict.seconds for verdict in verdicts]
+    metrics[f"rewards/{name}/error_ratio"] = float(np.mean([each.error is not None for each in verdicts]))
+    metrics[f"rewards/{name}/timeout_ratio"] = float(np.mean([each.timed_out for each in verdicts]))
+    metrics[f"rewards/{name}/seconds_p50"] = float(np.percentile(seconds, 50))
+    metrics[f"rewards/{name}/seconds_p99"] = float(np.percentile(seconds, 99))
+    for part in dict.fromkeys(part for verdict in verdicts for part in verdict.parts):
+        found = [verdict.parts.get(part) for verdict in verdicts]
+        known = [value for value in found if value is not None]
+        if known:
+            metrics[f"rewards/{name}/{part}"] = float(np.mean(known))
     return metrics

@@ -49,8 +49,8 @@ def gather(groups: Sequence[Scored], config: RunConfig, trainer: Trainer) -> Exp
     found = advantages_of(groups, rewards, weights, settings)
     chosen = [value for row, used in zip(found, kept, strict=True) for value in row[used]]
     samples = [
-        replace(sample, advantages=float_row(sample.loss_mask * value))
-        for sample, value in zip(samples, chosen, strict=True)
+        replace(sample, advantages=float_row(sample.loss_mask * (value + credit)))
+        for sample, value, credit in zip(samples, chosen, _credits(groups, kept, samples), strict=True)
     ]
     if entropies is not None:
         samples, metrics["entropy_threshold"] = _most_uncertain(
@@ -90,6 +90,23 @@ def _kept(scored: Scored, settings: GRPOConfig) -> NDArray[np.bool_]:
     if not settings.mask_truncated_completions:
         return known
     return known & np.array([rollout.finish != "length" for rollout in rollouts])
+
+
+def _credits(
+    groups: Sequence[Scored], kept: Sequence[NDArray[np.bool_]], samples: Sequence[TrainSample]
+) -> list[FloatRow]:
+    """What spans add to the advantage of each token of each sample: nothing where there are none."""
+    own: list[FloatRow | None] = []
+    for each, used in zip(groups, kept, strict=True):
+        rows_of_group = each.credits or (None,) * used.size
+        own += [row for row, is_used in zip(rows_of_group, used, strict=True) if is_used]
+    rows: list[FloatRow] = []
+    for credit, sample in zip(own, samples, strict=True):
+        row = np.zeros(sample.tokens.size, np.float32)
+        if credit is not None:
+            row[sample.tokens.size - credit.size :] = credit
+        rows.append(row)
+    return rows
 
 
 def _ask(

@@ -109,6 +109,8 @@ def is_trained_on(scored: Scored, settings: GRPOConfig) -> bool:
     """Whether the group has something to teach, as the estimator sees it, or is kept all the same."""
     if not settings.filter_zero_variance or settings.advantage_estimator == "reinforce_plus_plus":
         return True
+    if any(row.any() for row in scored.credits):
+        return True
     if settings.advantage_estimator == "gdpo":
         rows = [float_row([np.nan if v is None else v for v in values]) for values in scored.parts.values()]
         return any(has_signal(row) for row in rows)

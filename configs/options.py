@@ -9,7 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, JsonValue
 from pydantic.fields import FieldInfo
 
 from configs.errors import ConfigError
@@ -159,6 +159,8 @@ def nearest(parts: Sequence[str], options: Sequence[Option], dashes: str) -> str
 def type_text(annotation: Any) -> str:
     names = {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", NoneType: "null"}
     kinds = get_args(annotation)
+    if annotation is JsonValue:
+        return "VALUE"
     if annotation in names:
         return names[annotation]
     if get_origin(annotation) is Literal:

@@ -10,6 +10,7 @@ from configs.data import DataConfig, check_data
 from configs.errors import ConfigError
 from configs.gkd import GKDConfig, check_gkd
 from configs.grpo import GRPOConfig, check_grpo
+from configs.rewards import RewardConfig, RewardWorkersConfig
 from configs.section import Names, Section
 from configs.sft import SFTConfig
 from configs.sizes import ShardSize
@@ -140,19 +141,6 @@ class RolloutConfig(Section):
     """Send only the adapter to the engines, which apply it as they go; else they get merged weights."""
 
 
-class RewardConfig(Section):
-    """One reward function."""
-
-    function: str = Field(min_length=1)
-    """`file.py:name`, `package.module:name`, or the name of a built-in."""
-    weight: float = 1.0
-    """Factor in the sum of rewards."""
-    timeout_s: float = Field(default=10.0, gt=0)
-    """Longest one call may take."""
-    kwargs: dict[str, str | int | float | bool] = Field(default={})
-    """Fixed keyword arguments."""
-
-
 class BridgeConfig(Section):
     """The way of weights from trainers to engines; see docs/weight-sync.md."""
 
@@ -234,6 +222,7 @@ class RunConfig(Section):
     sft: SFTConfig = SFTConfig()
     data: DataConfig
     rewards: tuple[RewardConfig, ...] = ()
+    reward_workers: RewardWorkersConfig = RewardWorkersConfig()
     bridge: BridgeConfig = BridgeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()

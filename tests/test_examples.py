@@ -13,12 +13,13 @@ import yaml
 
 from actors.tiny_model import build_tiny_model, write_arithmetic
 from algorithms.data import Group, Prompt, Rollout, float_row, int_row
+from algorithms.rewards.calling import calls_of
+from algorithms.rewards.child import call_now
 from algorithms.rewards.loading import load_rewards
-from algorithms.rewards.scoring import score_group
 from configs.export import ExportConfig, InferConfig
 from configs.load import load_config, load_settings
 from configs.plan import PlanConfig
-from configs.schema import RewardConfig
+from configs.rewards import RewardConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -101,9 +102,16 @@ def test_the_example_rewards_score_a_group(monkeypatch: pytest.MonkeyPatch) -> N
         for text, length, finish in ((" 12\n", 4, "stop"), ("13", 2, "stop"), ("12", 8, "length"))
     )
     prompt = Prompt(id="p", tokens=int_row([1]), messages=(), columns={"prompt": "5+7=", "answer": "12"})
-    scored = score_group(rewards, Group(prompt=prompt, rollouts=rollouts))
-    assert scored.parts == {"accuracy": (1.0, 0.0, 1.0), "brief": (0.25, 0.5, None)}
-    assert scored.rewards.tolist() == [1.25, 0.5, 1.0]
+    group = Group(prompt=prompt, rollouts=rollouts)
+    values = {
+        reward.name: [
+            verdict.value
+            for call in calls_of(reward, group, range(3))
+            for verdict in call_now(reward, group, call)
+        ]
+        for reward in rewards
+    }
+    assert values == {"accuracy": [1.0, 0.0, 1.0], "brief": [0.25, 0.5, None]}
 
 
 def test_the_demo_configs_fit_the_tiny_model(

@@ -8,26 +8,27 @@ import linecache
 import os
 import sys
 import traceback
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
+from typing import Any
 
 from algorithms.rewards.builtin import functions
+from algorithms.rewards.model import RewardModel
+from algorithms.rewards.remote import RewardServer
+from algorithms.rewards.signature import Signature, read_signature
 from configs.errors import ConfigError
-from configs.schema import RewardConfig
-
-# What a function may ask for besides the dataset's columns; a column of the same name is hidden.
-CALL_ARGUMENTS = ("completion", "prompt", "messages", "tokens", "finish")
+from configs.rewards import RewardConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardSource:
-    """A reward function as text, so that a machine without the file can load it; pickles.
+    """A reward as text, so that a machine without the file can load it; pickles.
 
-    `path` is the file as the config names it, and `text` its content; both are None for a module's function
-    or a built-in. `folder` is importable while the function is loaded.
+    `path` is the file as the config names it, and `text` its content; both are None for a module's function,
+    a built-in, a server and a model. `folder` is importable while the function is loaded.
     """
 
     config: RewardConfig
@@ -41,25 +42,37 @@ class RewardSource:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reward:
-    """A loaded reward function: what it is called, what it needs, and where it came from.
+    """A loaded reward: what it is called, how it is called, and where it came from.
 
-    `needs` are arguments without a default, `takes` those with one, fixed kwargs in neither; `takes_all` says
-    that it has `**kwargs`. `path` and `sha256` (hex, of the file) are None where there is no file.
+    `kwargs` are given in every call. `path` and `sha256` (hex, of the file) are None where there is no file.
+    `of_class` says that the function is an object of a class the config named.
     """
 
     name: str
-    weight: float
     function: Callable[..., object]
-    needs: tuple[str, ...]
-    takes: tuple[str, ...]
-    takes_all: bool
+    signature: Signature
+    kwargs: Mapping[str, Any]
     config: RewardConfig
     path: str | None
     sha256: str | None
+    of_class: bool = False
+
+    @property
+    def weight(self) -> float:
+        """Its factor in the sum of rewards."""
+        return self.config.weight
+
+    def describe(self) -> str:
+        """One line: name, weight, how it is called, what a failed call counts as."""
+        config = self.config
+        return (
+            f"reward: {self.name}, weight {self.weight:g}, {self.signature.describe()}, at most "
+            f"{config.timeout_s:g} s, on_error {config.on_error}"
+        )
 
 
 def load_reward(config: RewardConfig) -> Reward:
-    """The function that `config` names, on this machine. Raises ConfigError saying what is wrong."""
+    """The reward that `config` names, on this machine. Raises ConfigError saying what is wrong."""
     return build_reward(read_source(config))
 
 
@@ -73,7 +86,7 @@ def read_sources(configs: Sequence[RewardConfig]) -> tuple[RewardSource, ...]:
     sources: list[RewardSource] = []
     taken: set[str] = set()
     for config in configs:
-        base = name = _split(config.function)[1]
+        base = name = config.name or _default_name(config)
         count = 1
         while name in taken:
             count += 1
@@ -85,8 +98,10 @@ def read_sources(configs: Sequence[RewardConfig]) -> tuple[RewardSource, ...]:
 
 def read_source(config: RewardConfig, name: str | None = None) -> RewardSource:
     """The source of one function; reads its file, imports nothing. Raises ConfigError."""
+    name = name or config.name or _default_name(config)
+    if config.function is None:
+        return RewardSource(config=config, name=name, function=name)
     place, function = _split(config.function)
-    name = name or function
     if place is None:
         return RewardSource(config=config, name=name, function=function)
     if not place.endswith(".py"):
@@ -97,7 +112,7 @@ def read_source(config: RewardConfig, name: str | None = None) -> RewardSource:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(
-            f"reward {config.function}: {place} cannot be read: {reason} "
+            f"reward {config.spelled}: {place} cannot be read: {reason} "
             "(the path starts from the current folder)"
         ) from None
     folder = str(path.resolve().parent)
@@ -105,49 +120,76 @@ def read_source(config: RewardConfig, name: str | None = None) -> RewardSource:
 
 
 def build_reward(source: RewardSource) -> Reward:
-    """Import what `source` holds and check the function's signature and fixed kwargs. Raises ConfigError."""
-    spelled = source.config.function
+    """Import what `source` holds and check the function's signature and fixed kwargs. Raises ConfigError.
+
+    Of a class an object is made, with the fixed kwargs; it is called with none.
+    """
+    config = source.config
+    kwargs: Mapping[str, Any] = config.kwargs
+    found, path, sha256 = _load(source)
+    if not callable(found):
+        raise ConfigError(f"reward {config.spelled}: {source.function} is not a function but {found!r}")
+    of_class = inspect.isclass(found)
+    if of_class:
+        found, kwargs = _make_object(found, source, path), {}
+    return Reward(
+        name=source.name,
+        function=found,
+        signature=read_signature(found, kwargs, config.spelled),
+        kwargs=kwargs,
+        config=config,
+        path=path,
+        sha256=sha256,
+        of_class=of_class,
+    )
+
+
+def _load(source: RewardSource) -> tuple[object, str | None, str | None]:
+    """The function or class, its file and the file's hash."""
+    config = source.config
+    if config.url is not None:
+        return RewardServer(config.url), None, None
+    if config.model is not None:
+        return RewardModel(config.model), None, None
     if source.text is not None:
-        module = _import_text(source)
         sha256 = hashlib.sha256(source.text.encode()).hexdigest()
-        function, path = _find(module, source), source.path
-    elif source.module is not None:
+        return _find(_import_text(source), source), source.path, sha256
+    if source.module is not None:
         module = _import_module(source)
         file: str | None = vars(module).get("__file__")
         path = file if file and file.endswith(".py") else None
         sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
-        function = _find(module, source)
-    else:
-        function, path, sha256 = _find_builtin(source), None, None
-    if not callable(function):
-        raise ConfigError(f"reward {spelled}: {source.function} is not a function but {function!r}")
-    if inspect.isclass(function):
-        raise ConfigError(f"reward {spelled}: {source.function} is a class; name a function")
-    needs, takes, takes_all = _arguments(function, source)
-    return Reward(
-        name=source.name,
-        weight=source.config.weight,
-        function=function,
-        needs=needs,
-        takes=takes,
-        takes_all=takes_all,
-        config=source.config,
-        path=path,
-        sha256=sha256,
-    )
+        return _find(module, source), path, sha256
+    return _find_builtin(source), None, None
 
 
-def check_arguments(reward: Reward, columns: Collection[str]) -> None:
-    """Raises ConfigError when the function asks for what neither a call nor the dataset's `columns` have."""
-    for name in reward.needs:
-        if name not in CALL_ARGUMENTS and name not in columns:
-            near = difflib.get_close_matches(name, [*CALL_ARGUMENTS, *columns], n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ConfigError(
-                f"reward {reward.config.function} asks for the argument {name!r}{hint}; available are "
-                f"{', '.join(CALL_ARGUMENTS)}, the dataset's columns ({', '.join(sorted(columns))}) "
-                "and what the config gives as fixed `kwargs`"
-            )
+def _make_object(
+    made: Callable[..., object], source: RewardSource, path: str | None
+) -> Callable[..., object]:
+    """An object of the class; ms-swift's take the trainer's arguments as `args`, which there are none of."""
+    kwargs: dict[str, Any] = dict(source.config.kwargs)
+    parameters = inspect.signature(made).parameters
+    if "args" in parameters and parameters["args"].kind is not inspect.Parameter.VAR_POSITIONAL:
+        kwargs.setdefault("args", None)
+    try:
+        thing = made(**kwargs)
+    except (Exception, SystemExit) as error:
+        raise _failure(source, "cannot be made", error, path) from error
+    if not callable(thing):
+        raise ConfigError(
+            f"reward {source.config.spelled}: {source.function} is a class whose objects cannot be called; give "
+            "it `__call__(self, completions, **columns)`"
+        )
+    return thing
+
+
+def preload(reward: Reward) -> None:
+    """What would count as time of the first call: weights of a model, libraries of a built-in."""
+    config = reward.config
+    if isinstance(reward.function, RewardModel):
+        reward.function.load()
+    elif config.function == "reasoning_gym":
+        importlib.import_module("reasoning_gym")
 
 
 def error_line(error: BaseException, path: str | None) -> str:
@@ -164,6 +206,12 @@ def error_line(error: BaseException, path: str | None) -> str:
 def _frames(trace: TracebackType | None) -> list[traceback.FrameSummary]:
     internal = (__file__, "<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_external>")
     return [frame for frame in traceback.extract_tb(trace) if frame.filename not in internal]
+
+
+def _default_name(config: RewardConfig) -> str:
+    if config.function is not None:
+        return _split(config.function)[1]
+    return "url" if config.url is not None else "model"
 
 
 def _split(spelled: str) -> tuple[str | None, str]:
@@ -208,7 +256,7 @@ def _import_text(source: RewardSource) -> ModuleType:
             exec(compile(source.text, source.path, "exec", dont_inherit=True), module.__dict__)
     except (Exception, SystemExit) as error:
         del sys.modules[module.__name__]
-        raise _import_failure(source, error, source.path) from error
+        raise _failure(source, "cannot be imported", error, source.path) from error
     return module
 
 
@@ -218,14 +266,12 @@ def _import_module(source: RewardSource) -> ModuleType:
         with _importable(source.folder):
             return importlib.import_module(source.module)
     except (Exception, SystemExit) as error:
-        raise _import_failure(source, error, None) from error
+        raise _failure(source, "cannot be imported", error, None) from error
 
 
-def _import_failure(source: RewardSource, error: BaseException, path: str | None) -> ConfigError:
+def _failure(source: RewardSource, what: str, error: BaseException, path: str | None) -> ConfigError:
     place = error_line(error, path)
-    return ConfigError(
-        f"reward {source.config.function} cannot be imported: {type(error).__name__}: {error} ({place})"
-    )
+    return ConfigError(f"reward {source.config.spelled} {what}: {type(error).__name__}: {error} ({place})")
 
 
 def _find(module: ModuleType, source: RewardSource) -> object:
@@ -235,9 +281,11 @@ def _find(module: ModuleType, source: RewardSource) -> object:
     own = [
         name
         for name, value in names.items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+        if (inspect.isfunction(value) or inspect.isclass(value))
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
     ]
-    raise ConfigError(f"reward {source.config.function}: no function {source.function}{_others(source, own)}")
+    raise ConfigError(f"reward {source.config.spelled}: no function {source.function}{_others(source, own)}")
 
 
 def _find_builtin(source: RewardSource) -> object:
@@ -247,9 +295,6 @@ def _find_builtin(source: RewardSource) -> object:
             f"reward {source.function} is not built in{_others(source, known)}; a function of your own is "
             "`file.py:name` or `package.module:name`"
         )
-    if source.function == "reasoning_gym":
-        # Takes seconds, which would count as time of the first call.
-        importlib.import_module("reasoning_gym")
     return known[source.function]
 
 
@@ -257,31 +302,3 @@ def _others(source: RewardSource, names: Collection[str]) -> str:
     near = difflib.get_close_matches(source.function, names, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"{hint} (there is: {', '.join(sorted(names)) or 'none'})"
-
-
-def _arguments(
-    function: Callable[..., object], source: RewardSource
-) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
-    spelled, fixed = source.config.function, source.config.kwargs
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        raise ConfigError(f"reward {spelled}: its arguments cannot be read; wrap it in a function") from None
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
-    for each in parameters:
-        if each.kind is inspect.Parameter.POSITIONAL_ONLY:
-            raise ConfigError(
-                f"reward {spelled}: {each.name!r} is positional-only; arguments are given by name"
-            )
-    names = [each.name for each in parameters if each.kind in by_name]
-    for name in fixed:
-        if name not in names and not takes_all:
-            raise ConfigError(
-                f"reward {spelled}: `kwargs` gives {name!r}, which the function does not take; it takes "
-                f"{', '.join(names) or 'nothing'}"
-            )
-    free = [each for each in parameters if each.kind in by_name and each.name not in fixed]
-    needs = tuple(each.name for each in free if each.default is inspect.Parameter.empty)
-    takes = tuple(each.name for each in free if each.default is not inspect.Parameter.empty)
-    return needs, takes, takes_all

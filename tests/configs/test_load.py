@@ -10,7 +10,8 @@ from configs.data import DataConfig
 from configs.errors import ConfigError
 from configs.load import dump_config, load_config, load_settings
 from configs.options import describe_options, list_options, resolve_key
-from configs.schema import ModelConfig, RewardConfig, RunConfig, TrainerConfig, with_steps_of_epochs
+from configs.rewards import RewardConfig
+from configs.schema import ModelConfig, RunConfig, TrainerConfig, with_steps_of_epochs
 
 NEEDED = ("--model", "m", "--dataset", "d.jsonl", "--rewards.0.function", "exact_match")
 
@@ -147,7 +148,7 @@ def test_every_complaint_about_a_file_is_one_line_with_its_place(tmp_path: Path)
         load_config(path, [], "grpo")
     lines = sorted(str(caught.value).splitlines())
     expected = [
-        ":11: rewards.0.function is required",
+        ":11: rewards.0 is {'weight': 1}; a reward has one of function, url and model; this one has none",
         ":1: seed is 1.5; should be a valid integer",
         ":2: model.lr is not an option; did you mean trainer.lr?",
         ":3: trianer is not an option; did you mean trainer?",
@@ -278,7 +279,7 @@ def test_help_shows_every_option_with_type_text_and_default() -> None:
         assert option.field.description
     assert "  --trainer.lr FLOAT\n        Peak learning rate. (default: 1e-06)\n" in text
     assert "--model.ref_model TEXT|null\n" in text
-    assert "--rewards.N.function TEXT\n" in text
+    assert "--rewards.N.function TEXT|null\n" in text
     assert "--model.torch_dtype float32|bfloat16\n" in text
     assert "\n\ntrainer: The Megatron-core ranks, the optimizer and its schedule." in text
     assert max(map(len, text.splitlines())) <= 110
