@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,11 @@ def find_adapter(tuner: TunerConfig, base: ModelBridge) -> AdapterSource | None:
     if tuner.tuner_type == "full":
         return None
     if tuner.adapters is not None:
-        return read_adapter(tuner.adapters, base, "tuner.adapters")
+        return _with_dropout(read_adapter(tuner.adapters, base, "tuner.adapters"), tuner)
     if tuner.mcore_adapter is not None:
-        return read_mcore_adapter(tuner.mcore_adapter, base, "tuner.mcore_adapter")
+        return _with_dropout(read_mcore_adapter(tuner.mcore_adapter, base, "tuner.mcore_adapter"), tuner)
     names = tuner.target_modules
+    assert tuner.lora_dropout is not None, "the algorithm's, as the run's config was checked"
     config = AdapterConfig(
         r=tuner.lora_rank,
         lora_alpha=tuner.lora_alpha,
@@ -104,6 +105,13 @@ def find_adapter(tuner: TunerConfig, base: ModelBridge) -> AdapterSource | None:
     except ConfigError as error:
         raise ConfigError(f"tuner.{error}") from error
     return AdapterSource(config=config, modules=modules)
+
+
+def _with_dropout(source: AdapterSource, tuner: TunerConfig) -> AdapterSource:
+    """With the dropout that the run trains with; it is no part of what the adapter computes."""
+    if tuner.lora_dropout is None:
+        return source
+    return replace(source, config=replace(source.config, lora_dropout=tuner.lora_dropout))
 
 
 def read_adapter(directory: Path, base: ModelBridge, option: str) -> AdapterSource:

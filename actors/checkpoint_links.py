@@ -1,5 +1,6 @@
 """Links in a run directory: `last` to its newest checkpoint, `best` to the one that was evaluated best."""
 
+import math
 import os
 from pathlib import Path
 
@@ -20,9 +21,11 @@ class CheckpointLinks:
         self._link_best()
 
     def rated(self, step: int, score: float) -> None:
-        """How good the weights of this step are, the more the better; they need not be saved (yet)."""
-        self._scores[step] = score
-        self._link_best()
+        """How good the weights of this step are, the more the better; they need not be saved (yet). NaN is no
+        score: it compares with nothing, and would stay the best where it came first."""
+        if not math.isnan(score):
+            self._scores[step] = score
+            self._link_best()
 
     def _link_best(self) -> None:
         both = self._saved.keys() & self._scores.keys()

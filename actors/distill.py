@@ -16,7 +16,7 @@ from actors.trainer_rank import Sources
 from algorithms import gkd
 from algorithms.conversations import make_prompts, make_sft_samples
 from algorithms.data import Prompt, TrainSample
-from algorithms.datasets import Row, read_splits
+from algorithms.datasets import Row, read_rows, read_splits
 from algorithms.prompts import PromptStream
 from configs.errors import ConfigError
 from configs.schema import RunConfig
@@ -91,7 +91,11 @@ def make_lessons(config: RunConfig, tokenizer: Any) -> Lessons:
     Raises ConfigError naming the row that is of no use.
     """
     data, settings = config.data, config.gkd
-    rows, held_out = read_splits(data, config.seed)
+    # What a generated dataset holds out unasked has no completions to evaluate on.
+    has_held_out = bool(data.eval_dataset) or data.split_dataset_ratio > 0
+    rows, held_out = (
+        read_splits(data, config.seed) if has_held_out else (read_rows(data, "train", config.seed), [])
+    )
 
     def to_samples(rows: Sequence[Row]) -> tuple[TrainSample, ...]:
         names = [gkd.teacher_of(row.columns, config) for row in rows]

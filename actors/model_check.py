@@ -1,6 +1,7 @@
 """A model against what a run wants of it, from its files alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 from actors.engine_support import check_engines, check_not_quantized
 from actors.model_source import Contents, ModelSource, read_contents
@@ -8,6 +9,7 @@ from bridge.families import read_hf_config, spec_of
 from bridge.fit import check_layout
 from bridge.parameters import check_tensors
 from bridge.rules import Family, MegatronSpec
+from configs.errors import ConfigError
 from configs.schema import RunConfig
 
 
@@ -34,3 +36,21 @@ def check_model(source: ModelSource, config: RunConfig, *, has_engines: bool) ->
         # Layers for multi-token prediction are not trained.
         check_tensors(family, spec, contents.tensors, source.directory, mtp=False)
     return CheckedModel(family=family, spec=spec, contents=contents)
+
+
+def check_same_shape(reference: MegatronSpec, policy: MegatronSpec, directory: Path) -> None:
+    """Raises ConfigError unless the reference in `directory` is the policy's model with other weights."""
+    ours, theirs = (
+        {**spec.transformer, **{each.name: getattr(spec, each.name) for each in fields(spec)}}
+        for spec in (policy, reference)
+    )
+    # How long a text may be is no matter of weights, and layers for multi-token prediction are not trained.
+    compared = (ours.keys() | theirs.keys()) - {"transformer", "max_sequence_length", "mtp_layers"}
+    other = sorted(name for name in compared if ours.get(name) != theirs.get(name))
+    if other:
+        told = ", ".join(f"{name} ({theirs.get(name)}, not {ours.get(name)})" for name in other[:3])
+        raise ConfigError(
+            f"model.ref_model: {directory} is another model than the one that is trained: {told}; "
+            "grpo.sync_ref_model moves its weights towards the policy's, so set that to false, or give a "
+            "reference of the policy's shape"
+        )

@@ -12,8 +12,9 @@ from actors.cluster import connect
 from actors.distill import Lessons, describe_lessons, find_teacher, make_lessons, run_gkd
 from actors.engine_support import check_adapter_modules
 from actors.env import check_one_source, resolve_device
+from actors.lengths import check_micro_batches, check_prompts
 from actors.metrics import Console, RunRecorder, finite_or_none, headline, plot_curve, warn
-from actors.model_check import CheckedModel, check_model
+from actors.model_check import CheckedModel, check_model, check_same_shape
 from actors.model_source import find_model, load_tokenizer, model_size
 from actors.placement import Bundle, Reservation, bundles_of, reserve
 from actors.trainer import TrainerGroup
@@ -94,8 +95,9 @@ def prepare(config: RunConfig) -> Prepared:
     if config.algorithm == "sft":
         config = with_steps_of_epochs(config, len(samples.kept))
     rewards = load_rewards(config.rewards) if is_grpo else ()
-    for prompt in [*prompts, *held_out]:
-        _check_length(prompt, config, spec)
+    check_prompts([*prompts, *held_out], config, spec)
+    packed = [*samples.kept, *held_out_samples.kept]
+    check_micro_batches(prompts, [*packed, *(lessons.samples + lessons.held_out if lessons else ())], config)
     # Rows may have different columns; each kind of row is checked once.
     for columns in {frozenset(prompt.columns) for prompt in [*prompts, *held_out]}:
         for reward in rewards:
@@ -137,25 +139,13 @@ def _with_reference(config: RunConfig, sources: Sources, policy: CheckedModel) -
                 f"model.ref_model: {source.directory} has {checked.spec.vocab_size} tokens in its "
                 f"vocabulary, the model {policy.spec.vocab_size}"
             )
+        if config.grpo.sync_ref_model:
+            check_same_shape(checked.spec, policy.spec, source.directory)
     adapter = None
     if ref_adapters is not None:
         base = ModelBridge(source.directory, checked.contents.tensors)
         adapter = read_adapter(ref_adapters, base, "tuner.ref_adapters")
     return replace(sources, reference=source, reference_adapter=adapter)
-
-
-def _check_length(prompt: Prompt, config: RunConfig, spec: MegatronSpec) -> None:
-    limit = config.rollout.max_model_len or spec.max_sequence_length
-    if limit > spec.max_sequence_length:
-        raise ConfigError(
-            f"rollout.max_model_len: {limit} exceeds the model's own {spec.max_sequence_length}"
-        )
-    longest = config.max_completion_length
-    if not 0 < prompt.tokens.size <= limit - longest:
-        raise ConfigError(
-            f"data: prompt {prompt.id} has {prompt.tokens.size} tokens; with max_completion_length {longest} "
-            f"it must have 1 to {limit - longest}, since rollout.max_model_len is {limit}"
-        )
 
 
 def run(config: RunConfig, console: Console) -> dict[str, Any]:
@@ -322,6 +312,11 @@ def _trained_lines(prepared: Prepared) -> list[str]:
     return [f"trained: LoRA adapters of {len(adapter.modules)} modules, rank {adapter.config.r}, {start}"]
 
 
+def _dropout(prepared: Prepared) -> float:
+    adapter = prepared.sources.adapter
+    return 0.0 if adapter is None else adapter.config.lora_dropout
+
+
 def describe(prepared: Prepared) -> Sequence[str]:
     """What the run would start and where, line by line."""
     from actors.placement import describe as describe_bundles
@@ -335,22 +330,26 @@ def describe(prepared: Prepared) -> Sequence[str]:
         f"trainer: {trainer.world_size} ranks = tensor {trainer.tensor_model_parallel_size} x pipeline "
         f"{trainer.pipeline_model_parallel_size} x data {trainer.data_parallel_size}",
     ]
+    loss = [
+        f"loss: {loss_line(config)}",
+        *(f"doubtful: {doubt}" for doubt in doubts(config, lora_dropout=_dropout(prepared))),
+    ]
     if config.algorithm == "grpo":
         settings = config.grpo
         lines += [
             f"data: {len(prepared.prompts)} prompts, {len(prepared.held_out)} held out",
             f"step: {settings.prompts_per_step} prompts x {settings.num_generations} completions, "
             f"{settings.optimizer_steps} optimizer step(s)",
-            f"loss: {loss_line(settings)}",
-            *(f"doubtful: {doubt}" for doubt in doubts(settings, len(prepared.rewards))),
+            *loss,
             *(reward.describe() for reward in prepared.rewards),
         ]
     elif prepared.lessons is not None:
-        lines += describe_lessons(config, prepared.sources, prepared.lessons)
+        lines += [*describe_lessons(config, prepared.sources, prepared.lessons), *loss]
     else:
         held_out = prepared.held_out_samples
         lines += [
             f"data: {prepared.samples.describe()}, {config.sft.batch_size} per step, {config.max_steps} steps",
             *([f"held out: {held_out.describe()}"] if held_out.kept else []),
+            *loss,
         ]
     return [*lines, "actors, reserved together in one placement group:", describe_bundles(prepared.bundles)]

@@ -110,7 +110,7 @@ class TrainerGroup:
     def save_last(self) -> Path:
         """Write `checkpoint`, the end of the run; returns its path."""
         directory = self._directory / "checkpoint"
-        self._save(directory, self._config.optimizer_steps)
+        self._save(directory, self._config.max_steps)
         self._links.saved(self._config.max_steps, directory)
         return directory
 

@@ -51,6 +51,17 @@ def has_signal(rewards_K: FloatRow) -> bool:
     return known.size >= 2 and bool(np.any(known != known[0]))
 
 
+def values_by_function(scored: Scored) -> list[Row]:
+    """What each function said of the completions [K]: NaN for None, and where the completion has no reward at
+    all, as one that was aborted, whatever functions said of its piece."""
+    unknown_K = np.isnan(scored.rewards)
+    rows = [
+        np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+        for values in scored.parts.values()
+    ]
+    return [np.where(unknown_K, np.nan, row_K) for row_K in rows]
+
+
 def _centred(row_K: Row) -> Row:
     """Less their mean; all zero when the group knows one reward only, which there is nothing to compare with."""
     known_K = ~np.isnan(row_K)
@@ -79,8 +90,7 @@ def _scaled(centred: Sequence[Row], rewards: Sequence[Row], settings: GRPOConfig
 def _by_function(group: Scored, weights: Sequence[float]) -> Row:
     """Each function's values, normalized in the group by themselves; None counts as no deviation from the mean."""
     total = np.zeros(len(group.group.rollouts))
-    for weight, values in zip(weights, group.parts.values(), strict=True):
-        row = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+    for weight, row in zip(weights, values_by_function(group), strict=True):
         total += weight * np.nan_to_num(_centred(row) / (_deviation(row) + _EPSILON), nan=0.0)
     return np.where(np.isnan(group.rewards), np.nan, total)
 

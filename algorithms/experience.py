@@ -1,6 +1,6 @@
 """From scored groups to samples with all that the loss asks for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -83,13 +83,37 @@ def scaling(samples: Sequence[TrainSample], tokens_per_step: float, settings: GR
             return Scaling(per="sequence", denominator=len(samples))
 
 
+def untrained(groups: Sequence[Scored], settings: GRPOConfig) -> str:
+    """Why a step had nothing to train on: how many of its completions are left out for which reason."""
+    reasons = [reason or _EQUAL for each in groups for reason in _left_out(each, settings)]
+    counts = [f"{reasons.count(reason)} {reason}" for reason in dict.fromkeys(reasons)]
+    return f"Of its {len(reasons)} completions {', '.join(counts)}"
+
+
+_EQUAL = (
+    "are in groups whose rewards are all equal (the task is too hard or too easy for the model, or the reward is "
+    "constant)"
+)
+
+
 def _kept(scored: Scored, settings: GRPOConfig) -> NDArray[np.bool_]:
     """Which completions are trained on: those with a reward and a token, unless cut where that is masked."""
-    rollouts = scored.group.rollouts
-    known = ~np.isnan(scored.rewards) & np.array([bool(rollout.loss_mask.any()) for rollout in rollouts])
-    if not settings.mask_truncated_completions:
-        return known
-    return known & np.array([rollout.finish != "length" for rollout in rollouts])
+    return np.array([reason is None for reason in _left_out(scored, settings)])
+
+
+def _left_out(scored: Scored, settings: GRPOConfig) -> Iterator[str | None]:
+    """Of each completion why it is not trained on, None if it is."""
+    for rollout, reward in zip(scored.group.rollouts, scored.rewards, strict=True):
+        if rollout.finish == "abort":
+            yield "were aborted"
+        elif np.isnan(reward):
+            yield "have no reward of any function"
+        elif not rollout.loss_mask.any():
+            yield "have no token"
+        elif rollout.finish == "length" and settings.mask_truncated_completions:
+            yield "were cut at max_completion_length, and mask_truncated_completions leaves those out"
+        else:
+            yield None
 
 
 def _credits(

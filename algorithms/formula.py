@@ -4,7 +4,9 @@ import math
 from collections.abc import Iterator
 
 from algorithms.policy_loss import CISPO_CAP
+from configs.gkd import GKDConfig
 from configs.grpo import GRPOConfig
+from configs.schema import RunConfig
 
 _DENOMINATORS = {
     "dapo": "1/N_tokens(generation) Σ_i Σ_t",
@@ -15,11 +17,22 @@ _DENOMINATORS = {
 }
 
 
-def loss_line(settings: GRPOConfig) -> str:
+def loss_line(config: RunConfig) -> str:
     """What the trainer minimizes, for `bascule plan`.
 
-    r is new over old policy, w old policy over what the engine sampled from, A the advantage.
+    r is new over old policy, w old policy over what the engine sampled from, A the advantage. T and S are the
+    teacher's and the student's distribution.
     """
+    match config.algorithm:
+        case "grpo":
+            return _grpo_line(config.grpo)
+        case "gkd":
+            return _gkd_line(config.gkd)
+        case "sft":
+            return f"{_DENOMINATORS['bnpo']} [ -log π ]"
+
+
+def _grpo_line(settings: GRPOConfig) -> str:
     if settings.loss_type == "dr_grpo":
         outer = f"1/({settings.max_completion_length} N_sequences) Σ_i Σ_t"
     else:
@@ -33,8 +46,40 @@ def loss_line(settings: GRPOConfig) -> str:
     return f"{outer} [ {term} ],  r = {_ratio(settings)},  A = {_advantage(settings)}"
 
 
-def doubts(settings: GRPOConfig, weights: int) -> Iterator[str]:
-    """Settings that other projects' users are known to have got wrong; `weights` is how many rewards there are."""
+def _gkd_line(settings: GKDConfig) -> str:
+    beta = settings.beta
+    match beta:
+        case 0:
+            term, where = "KL(T‖S)", ""
+        case 1:
+            term, where = "KL(S‖T)", ""
+        case _:
+            term = f"{beta:g} KL(T‖M) + {1 - beta:g} KL(S‖M)"
+            where = f",  M = {beta:g} T + {1 - beta:g} S"
+    if settings.sft_alpha > 0:
+        term += f" + {settings.sft_alpha:g} d (-log π)"
+        where += ",  d = 1 on completions of the dataset, else 0"
+    tokens = "the whole vocabulary"
+    if settings.gkd_logits_topk is not None:
+        tail = ", all others as one more" if settings.gkd_topk_tail else ""
+        tokens = f"T's {settings.gkd_logits_topk} likeliest tokens{tail}"
+    softmax = f"T, S = softmax(logits / {settings.divergence_temperature:g}) over {tokens}"
+    return f"{_DENOMINATORS['bnpo']} [ {term} ]{where},  {softmax}"
+
+
+def doubts(config: RunConfig, *, lora_dropout: float) -> Iterator[str]:
+    """Settings that other projects' users are known to have got wrong; `lora_dropout` is that of the adapter
+    that is trained, which may have its own."""
+    if lora_dropout > 0 and config.algorithm != "sft":
+        yield (
+            f"tuner.lora_dropout: {lora_dropout:g} makes log-probabilities random in the trained pass alone, so "
+            "they differ from all that is asked of the same weights; set it to 0"
+        )
+    if config.algorithm == "grpo":
+        yield from _doubts_of_grpo(config.grpo, len(config.rewards))
+
+
+def _doubts_of_grpo(settings: GRPOConfig, weights: int) -> Iterator[str]:
     if settings.loss_type == "cispo" and settings.epsilon_high is not None and settings.epsilon_high < 1:
         yield (
             f"grpo.epsilon_high: cispo caps the ratio itself at {settings.epsilon_high:g}, which weights nearly "

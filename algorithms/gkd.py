@@ -21,6 +21,7 @@ from algorithms.data import (
 from algorithms.packing import pack, with_top_tokens
 from algorithms.prompts import PromptStream
 from algorithms.roles import Recorder, Sampler, TopTeacher, Trainer, WeightSync
+from configs.errors import BasculeError
 from configs.schema import RunConfig
 
 
@@ -61,8 +62,10 @@ def train(
     """Run `max_steps` optimizer steps of `gkd.batch_size` samples; evaluate before, after, and every `eval_steps`.
 
     A step is on-policy with probability `gkd.lmbda`: the student completes `prompts`, under weights that engines
-    are sent just before. Other steps take `samples`.
+    are sent just before. Other steps take `samples`. A step that is left with nothing is recorded and trains
+    nothing. Raises BasculeError after `gkd.max_empty_steps` on-policy ones in a row of this kind.
     """
+    empty = 0
     _evaluate(config, roles, held_out, 0)
     for step in range(1, config.max_steps + 1):
         clock = Clock()
@@ -77,20 +80,19 @@ def train(
                 requests = seeded(taking, _sampling(config), seed=config.seed, step=step)
                 groups = sorted(roles.student.sampler.generate(requests), key=place_of)
             roles.recorder.rollouts(step, map(_unscored, groups))
-            taken = [
-                sample
-                for group in groups
-                for sample in to_samples(group, teacher_of(group.prompt.columns, config))
-            ]
+            taken = [sample for group in groups for sample in to_samples(group, config)]
+            empty = 0 if taken else empty + 1
+            _check_empty(empty, step, groups, config)
         else:
             assert samples is not None, "a run with other steps has samples"
             taken = [_of_dataset(sample) for sample in samples.take(config.gkd.batch_size)]
-        with clock("teach"):
-            batch = _batch(config, roles, taken)
-        with clock("train"):
-            result = roles.trainer.step(batch)
-        metrics |= dict(result.numbers) | clock.metrics()
-        metrics["tokens_per_second"] = batch.num_loss_tokens / metrics["time/step"]
+        if taken:
+            with clock("teach"):
+                batch = _batch(config, roles, taken)
+            with clock("train"):
+                metrics |= roles.trainer.step(batch).numbers
+        metrics |= clock.metrics()
+        metrics["tokens_per_second"] = sum(each.num_loss_tokens for each in taken) / metrics["time/step"]
         roles.recorder.step(step, metrics)
         if config.saves_at(step):
             roles.trainer.save(step)
@@ -112,15 +114,24 @@ def _batch(config: RunConfig, roles: Roles, samples: Sequence[TrainSample]) -> B
 
 def evaluate(config: RunConfig, roles: Roles, held_out: Sequence[TrainSample]) -> dict[str, float]:
     """`eval/divergence`: the mean over all tokens of the held-out completions; nothing without any."""
-    if not held_out:
-        return {}
-    batch = _batch(config, roles, held_out)
-    total = sum(
-        float(np.sum(row * micro.loss_mask_T, dtype=np.float64))
-        for micros, rows in zip(batch.ranks, roles.trainer.divergences(batch), strict=True)
-        for micro, row in zip(micros, rows, strict=True)
-    )
-    return {"eval/divergence": total / batch.num_loss_tokens}
+    total, count, size = 0.0, 0, config.gkd.batch_size
+    for first in range(0, len(held_out), size):
+        batch = _batch(config, roles, held_out[first : first + size])
+        for micros, rows in zip(batch.ranks, roles.trainer.divergences(batch), strict=True):
+            for micro, row in zip(micros, rows, strict=True):
+                total += float(np.sum(row * micro.loss_mask_T, dtype=np.float64))
+        count += batch.num_loss_tokens
+    return {"eval/divergence": total / count} if count else {}
+
+
+def _check_empty(empty: int, step: int, groups: Sequence[Group], config: RunConfig) -> None:
+    if empty >= config.gkd.max_empty_steps:
+        finishes = [rollout.finish for group in groups for rollout in group.rollouts]
+        raise BasculeError(
+            f"{empty} on-policy steps in a row, the last one step {step}, had nothing to train on: of its "
+            f"{len(finishes)} completions {finishes.count('abort')} were aborted, and the others have no token; "
+            "look at rollouts.jsonl, and at what became of the engines"
+        )
 
 
 def is_on_policy(config: RunConfig, step: int) -> bool:
@@ -135,10 +146,13 @@ def teacher_of(columns: Mapping[str, Any], config: RunConfig) -> str:
     return "" if column is None else str(columns[column])
 
 
-def to_samples(group: Group, teacher: str = "") -> list[TrainSample]:
-    """Completions of a prompt as sequences to train on, without those that were aborted."""
+def to_samples(group: Group, config: RunConfig) -> list[TrainSample]:
+    """Completions of a prompt as sequences to train on, without those that were aborted or have no token."""
+    teacher = teacher_of(group.prompt.columns, config)
     return [
-        sample_of(group.prompt, rollout, teacher) for rollout in group.rollouts if rollout.finish != "abort"
+        sample_of(group.prompt, rollout, teacher)
+        for rollout in group.rollouts
+        if rollout.finish != "abort" and rollout.loss_mask.any()
     ]
 
 

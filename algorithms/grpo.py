@@ -8,7 +8,7 @@ from algorithms.advantages import has_signal
 from algorithms.clock import Clock
 from algorithms.data import Prompt, Scored, StepResult, TrainSample
 from algorithms.evaluation import evaluate, reward_metrics
-from algorithms.experience import gather, optimizer_batches
+from algorithms.experience import gather, optimizer_batches, untrained
 from algorithms.prompts import PromptStream
 from algorithms.roles import Roles, Trainer
 from algorithms.rollouts import Rollouts, staleness
@@ -42,7 +42,7 @@ def train(config: RunConfig, roles: Roles, prompts: PromptStream[Prompt], held_o
             experience = gather(generated.kept, config, roles.trainer)
             results = list(_optimize(config, roles.trainer, experience.samples))
         empty = 0 if results else empty + 1
-        _check_signal(empty, step, config)
+        _check_signal(empty, step, generated.scored, config)
         if results:
             version += 1
             with clock("sync"):
@@ -72,12 +72,11 @@ def _optimize(config: RunConfig, trainer: Trainer, samples: Sequence[TrainSample
             yield trainer.step(batch)
 
 
-def _check_signal(empty: int, step: int, config: RunConfig) -> None:
+def _check_signal(empty: int, step: int, scored: Sequence[Scored], config: RunConfig) -> None:
     if empty >= config.grpo.max_empty_steps:
         raise BasculeError(
-            f"{empty} steps in a row, the last one step {step}, had nothing to train on: in every group all "
-            "rewards were equal. The task is too hard or too easy for the model, or the reward is constant; "
-            "look at rollouts.jsonl"
+            f"{empty} steps in a row, the last one step {step}, had nothing to train on. "
+            f"{untrained(scored, config.grpo)}; look at rollouts.jsonl"
         )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from algorithms.advantages import has_signal
+from algorithms.advantages import has_signal, values_by_function
 from algorithms.completions import place_of, seeded
 from algorithms.data import Group, Prompt, SamplingSettings, Scored, float_row
 from algorithms.prompts import PromptStream
@@ -112,8 +112,7 @@ def is_trained_on(scored: Scored, settings: GRPOConfig) -> bool:
     if any(row.any() for row in scored.credits):
         return True
     if settings.advantage_estimator == "gdpo":
-        rows = [float_row([np.nan if v is None else v for v in values]) for values in scored.parts.values()]
-        return any(has_signal(row) for row in rows)
+        return any(has_signal(float_row(row)) for row in values_by_function(scored))
     return has_signal(scored.rewards)
 
 

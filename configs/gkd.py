@@ -32,6 +32,8 @@ class GKDConfig(Section):
     """Strings that end a completion."""
     max_completion_length: int = Field(default=512, ge=1)
     """Longest sampled completion in tokens; longer ones are cut."""
+    max_empty_steps: int = Field(default=10, ge=1)
+    """End with an error after this many on-policy steps in a row whose completions were all aborted or empty."""
     seq_kd: bool = False
     """Take the teacher's own completions of the dataset's prompts in place of the dataset's completions."""
     sft_alpha: float = Field(default=0.0, ge=0)

@@ -139,14 +139,39 @@ def check_grpo(grpo: GRPOConfig) -> None:
             f"grpo.steps_per_generation: {grpo.steps_per_generation} does not divide "
             f"grpo.prompts_per_step {grpo.prompts_per_step}"
         )
-    for problem in _contradictions(grpo):
+    for problem in (*_of_rewards(grpo), *_of_the_loss(grpo)):
         raise ValueError(f"grpo.{problem}")
 
 
-def _contradictions(grpo: GRPOConfig) -> Iterator[str]:
-    high = grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high
+def _of_rewards(grpo: GRPOConfig) -> Iterator[str]:
     if grpo.scale_rewards is not None and grpo.advantage_estimator not in ("grpo", "rloo"):
         yield f"scale_rewards: {grpo.advantage_estimator} has a scale of its own; leave it out"
+    if grpo.soft_overlong_cache is not None and grpo.soft_overlong_cache >= grpo.max_completion_length:
+        yield "soft_overlong_cache: has to be below grpo.max_completion_length"
+    if grpo.kl_in_reward and grpo.advantage_estimator == "gdpo":
+        yield (
+            "kl_in_reward: gdpo compares the values of each reward function by themselves, and the KL is none of "
+            "them; set it to false, which puts the KL into the loss, or take another advantage_estimator"
+        )
+    if grpo.kl_in_reward and grpo.mask_truncated_completions:
+        # What is masked is not put through policy and reference, so its KL is unknown. Without it its reward
+        # would be on another scale than those it is averaged with; leaving it out of the mean would let this
+        # option change what the other one promises.
+        yield (
+            "kl_in_reward: completions that mask_truncated_completions masks have no KL, but count in their "
+            "group's mean; set one of the two to false"
+        )
+    if grpo.dynamic_sample and grpo.advantage_estimator == "reinforce_plus_plus":
+        yield (
+            "dynamic_sample: replaces groups whose rewards are equal, which reinforce_plus_plus trains on too, "
+            "since it compares with the batch; set it to false, or take another advantage_estimator"
+        )
+    if grpo.dynamic_sample and not grpo.filter_zero_variance:
+        yield "filter_zero_variance: dynamic_sample replaces these groups; set one of the two to false"
+
+
+def _of_the_loss(grpo: GRPOConfig) -> Iterator[str]:
+    high = grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high
     if grpo.loss_type in ("cispo", "sapo") and grpo.delta is not None:
         yield f"delta: {grpo.loss_type} does not clip; leave it out"
     if grpo.delta is not None and grpo.delta <= 1 + high:
@@ -168,7 +193,3 @@ def _contradictions(grpo: GRPOConfig) -> Iterator[str]:
         yield f"importance_sampling_min: {grpo.importance_sampling_mode} has no lower bound; use a mask"
     if low is not None and low >= grpo.importance_sampling_cap:
         yield f"importance_sampling_min: {low} is not below importance_sampling_cap"
-    if grpo.soft_overlong_cache is not None and grpo.soft_overlong_cache >= grpo.max_completion_length:
-        yield "soft_overlong_cache: has to be below grpo.max_completion_length"
-    if grpo.dynamic_sample and not grpo.filter_zero_variance:
-        yield "filter_zero_variance: dynamic_sample replaces these groups; set one of the two to false"

@@ -4,7 +4,7 @@ from math import ceil
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from configs.data import DataConfig, check_data
 from configs.errors import ConfigError
@@ -15,6 +15,7 @@ from configs.section import Names, Section
 from configs.sft import SFTConfig
 from configs.sizes import ShardSize
 from configs.tuner import TunerConfig, check_tuner
+from configs.unused import check_algorithms_own
 
 
 class ModelConfig(Section):
@@ -85,7 +86,8 @@ class TrainerConfig(LayoutConfig):
     micro_batch_size: int = Field(default=8, ge=1)
     """Samples packed into one micro-batch of one data-parallel rank. Does not change the gradient."""
     micro_batch_tokens: int | None = Field(default=None, ge=1)
-    """Tokens packed into one micro-batch, in place of a number of samples. Does not change the gradient."""
+    """Tokens packed into one micro-batch, in place of a number of samples; as many at least as the longest sample
+    may have. Does not change the gradient."""
     packing: bool = True
     """Put samples side by side; `false` pads each to the longest. Does not change the gradient."""
     recompute_granularity: Literal["full", "selective"] | None = None
@@ -227,6 +229,12 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    @field_validator("tuner")
+    @classmethod
+    def _dropout_of_the_algorithm(cls, tuner: TunerConfig, info: ValidationInfo) -> TunerConfig:
+        # An algorithm that is none has been refused, and is not there.
+        return tuner.with_dropout(info.data["algorithm"]) if "algorithm" in info.data else tuner
+
     @property
     def loss_temperature(self) -> float:
         """What the trainer divides logits by: the sampling temperature for grpo, so that both agree."""
@@ -275,18 +283,23 @@ class RunConfig(Section):
             if not self.rewards:
                 raise ValueError("rewards: grpo needs at least one reward function")
             check_grpo(grpo)
-            if grpo.num_generations > self.rollout.max_num_seqs:
+            room, counts = self.rollout.max_num_seqs, (grpo.num_generations, grpo.eval_num_generations)
+            for name, count in zip(("num_generations", "eval_num_generations"), counts, strict=True):
+                if count > room:
+                    raise ValueError(
+                        f"rollout.max_num_seqs: {room} is less than grpo.{name} {count}; one group must fit "
+                        "into an engine"
+                    )
+            if grpo.sync_ref_model and self.tuner.tuner_type == "lora":
                 raise ValueError(
-                    f"rollout.max_num_seqs: {self.rollout.max_num_seqs} is less than "
-                    f"grpo.num_generations {grpo.num_generations}; one group must fit into an engine"
+                    "grpo.sync_ref_model: moves a whole reference; it needs tuner.tuner_type full"
                 )
         if self.algorithm == "gkd":
             teachers = (self.model.teacher_model, self.model.mcore_teacher_model)
             check_gkd(self.gkd, has_teacher_model=any(each is not None for each in teachers))
+        check_algorithms_own(self)
         check_data(self.data)
         check_tuner(self.tuner)
-        if grpo.sync_ref_model and self.tuner.tuner_type == "lora":
-            raise ValueError("grpo.sync_ref_model: moves a whole reference; it needs tuner.tuner_type full")
         self._check_lora_engines()
         if self.bridge.hash_every > 1 and (self.bridge.offload_bridge or self.bridge.skip_unchanged):
             raise ValueError(

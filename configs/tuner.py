@@ -17,8 +17,9 @@ class TunerConfig(Section):
     """Rows of A and columns of B."""
     lora_alpha: float = Field(default=32.0, gt=0)
     """The adapter counts lora_alpha / lora_rank times."""
-    lora_dropout: float = Field(default=0.05, ge=0, lt=1)
-    """Share of an adapter's input that is dropped in training."""
+    lora_dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Share of an adapter's input that is dropped in training. By default 0.05 for sft (of an adapter to start
+    from its own), and 0 for grpo and gkd, whose log-probabilities it would make random."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(lora_rank) instead."""
     target_modules: Names = ("all-linear",)
@@ -34,8 +35,17 @@ class TunerConfig(Section):
     merge_lora: bool = False
     """Write the merged model too: `checkpoint-merged`, or `checkpoint-STEP-merged`, beside the adapter."""
 
+    def with_dropout(self, algorithm: str) -> "TunerConfig":
+        """The same with the `lora_dropout` that stands for None; that stays where an adapter has its own."""
+        if self.tuner_type == "full" or self.lora_dropout is not None:
+            return self
+        if algorithm != "sft":
+            return self.model_copy(update={"lora_dropout": 0.0})
+        has_own = self.adapters is not None or self.mcore_adapter is not None
+        return self if has_own else self.model_copy(update={"lora_dropout": 0.05})
 
-_OWN = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save")
+
+_OWN = ("lora_rank", "lora_alpha", "use_rslora", "target_modules", "modules_to_save")
 """What an adapter to start from decides itself."""
 
 

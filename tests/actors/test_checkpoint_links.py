@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 from actors.checkpoint_links import CheckpointLinks
@@ -23,6 +24,14 @@ def test_links_follow_what_is_saved_and_rated_in_any_order(tmp_path: Path) -> No
     assert read(tmp_path)["best"] == "checkpoint-10"
     links.saved(30, tmp_path / "checkpoint")
     assert read(tmp_path) == {"last": "checkpoint", "best": "checkpoint"}
+
+
+def test_a_score_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
+    links = CheckpointLinks(tmp_path)
+    for step, score in ((1, math.nan), (2, -7.0), (3, math.nan)):
+        links.saved(step, tmp_path / f"checkpoint-{step}")
+        links.rated(step, score)
+        assert read(tmp_path).get("best") == (None if step == 1 else "checkpoint-2")
 
 
 def test_links_of_an_earlier_run_are_replaced(tmp_path: Path) -> None:

@@ -101,6 +101,17 @@ def test_gdpo_normalizes_each_function_by_itself_and_whitens_the_sum() -> None:
     np.testing.assert_allclose(found, [(value - mean) / deviation for value in total], rtol=1e-5)
 
 
+def test_gdpo_leaves_out_what_functions_said_of_a_completion_without_reward() -> None:
+    """As of one that was aborted: the group is then as if it had never been."""
+    settings = GRPOConfig(advantage_estimator="gdpo")
+    with_gap = group([2.5, NAN, 0.0, 1.5], [1] * 4, [[1.0, 9.0, 0.0, 0.5], [3.0, -7.0, 0.0, None]])
+    without = group([2.5, 0.0, 1.5], [1] * 3, [[1.0, 0.0, 0.5], [3.0, 0.0, None]])
+    (found,) = advantages_of([with_gap], [with_gap.rewards], [1.0, 0.5], settings)
+    (want,) = advantages_of([without], [without.rewards], [1.0, 0.5], settings)
+    assert found[1] == 0
+    np.testing.assert_allclose(found[[0, 2, 3]], want, rtol=1e-6)
+
+
 @pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"])
 def test_a_completion_without_reward_changes_nothing_for_the_others_and_gets_zero(estimator: str) -> None:
     settings = GRPOConfig.model_validate({"advantage_estimator": estimator})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from algorithms.data import Batch, FloatRow, Group, Prompt, Rollout, Scored, StepResult, float_row, int_row
-from algorithms.experience import gather, optimizer_batches
+from algorithms.experience import gather, optimizer_batches, untrained
 from algorithms.packing import Rows
 from configs.schema import RunConfig
 
@@ -99,6 +99,17 @@ def test_a_masked_truncated_completion_counts_in_the_mean_but_is_not_trained_on(
     samples = gather(GROUPS, config(mask_truncated_completions=True), Trainer()).samples
     assert [sample.tokens.tolist()[2:] for sample in samples] == [[10, 11], [30], [40, 41, 42]]
     assert samples[0].advantages[-1] == 0.5
+
+
+def test_a_step_in_which_all_is_masked_says_so() -> None:
+    cut = group([1.0, 0.0], rollout([10], "length"), rollout([20], "length"))
+    empty = group([1.0, 0.0], rollout([30]), rollout([]))
+    settings = config(mask_truncated_completions=True).grpo
+    assert untrained([cut, empty], settings) == (
+        "Of its 4 completions 2 were cut at max_completion_length, and mask_truncated_completions leaves those "
+        "out, 1 are in groups whose rewards are all equal (the task is too hard or too easy for the model, or the "
+        "reward is constant), 1 have no token"
+    )
 
 
 def test_kl_in_reward_lowers_the_reward_by_the_summed_difference() -> None:

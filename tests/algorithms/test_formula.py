@@ -1,11 +1,24 @@
 import pytest
 
 from algorithms.formula import doubts, loss_line
-from configs.grpo import GRPOConfig
+from configs.schema import RunConfig
 
 
-def line(**settings: object) -> str:
-    return loss_line(GRPOConfig.model_validate(settings))
+def config(algorithm: str, settings: object) -> RunConfig:
+    teacher = {"teacher_model": "t"} if algorithm == "gkd" else {}
+    return RunConfig.model_validate(
+        {
+            "algorithm": algorithm,
+            "model": {"model": "m", **teacher},
+            "data": {"dataset": "d"},
+            "rewards": [{"function": "r"}],
+            algorithm: settings,
+        }
+    )
+
+
+def line(algorithm: str = "grpo", **settings: object) -> str:
+    return loss_line(config(algorithm, settings))
 
 
 def test_the_default_loss_is_spelled_out_with_its_numbers() -> None:
@@ -58,9 +71,39 @@ def test_what_is_set_is_in_the_line(settings: dict[str, object], words: str) -> 
     ],
 )
 def test_doubtful_settings_are_named(settings: dict[str, object], words: str) -> None:
-    (said,) = doubts(GRPOConfig.model_validate(settings), 1)
+    (said,) = doubts(config("grpo", settings), lora_dropout=0.0)
     assert words in said
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "gkd"])
+def test_dropout_is_doubtful_where_log_probabilities_are_compared(algorithm: str) -> None:
+    (said,) = doubts(config(algorithm, {}), lora_dropout=0.05)
+    assert said.startswith(
+        "tuner.lora_dropout: 0.05 makes log-probabilities random in the trained pass alone"
+    )
+    assert list(doubts(config("sft", {}), lora_dropout=0.05)) == []
+
+
 def test_the_defaults_raise_no_doubts() -> None:
-    assert list(doubts(GRPOConfig(), 1)) == []
+    assert list(doubts(config("grpo", {}), lora_dropout=0.0)) == []
+
+
+def test_the_losses_of_the_other_algorithms_are_spelled_out_too() -> None:
+    mean = "1/N_tokens(step) Σ_i Σ_t"
+    assert line("sft") == f"{mean} [ -log π ]"
+    whole = "T, S = softmax(logits / 1) over the whole vocabulary"
+    assert line("gkd", beta=0) == f"{mean} [ KL(T‖S) ],  {whole}"
+    assert line("gkd", beta=1) == f"{mean} [ KL(S‖T) ],  {whole}"
+    assert line(
+        "gkd",
+        beta=0.25,
+        sft_alpha=0.1,
+        temperature=0.9,
+        loss_temperature="same",
+        gkd_logits_topk=20,
+    ) == (
+        f"{mean} [ 0.25 KL(T‖M) + 0.75 KL(S‖M) + 0.1 d (-log π) ],  M = 0.25 T + 0.75 S,  d = 1 on completions "
+        "of the dataset, else 0,  T, S = softmax(logits / 0.9) over T's 20 likeliest tokens"
+    )
+    tail = line("gkd", gkd_logits_topk=20, gkd_topk_tail=True)
+    assert tail.endswith("over T's 20 likeliest tokens, all others as one more")

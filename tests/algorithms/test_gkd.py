@@ -26,6 +26,7 @@ from algorithms.losses import gkd_loss
 from algorithms.packing import pack
 from algorithms.prompts import PromptStream
 from algorithms.roles import Predictions, TopTeacher
+from configs.errors import BasculeError
 from configs.gkd import GKDConfig
 from configs.schema import RunConfig, TrainerConfig
 
@@ -52,13 +53,15 @@ def sample(*tokens: int) -> TrainSample:
 class Everything:
     """Trainer, sampler, weights and recorder; writes down what is asked of it, in order."""
 
-    def __init__(self, abort: bool = False) -> None:
+    def __init__(self, abort: int = 0, empty: int = 0) -> None:
+        """Of each step the first `abort` completions are aborted, and the first `empty` have no token."""
         self.calls: list[str] = []
         self.batches: list[Batch] = []
         self.seeds: list[int | None] = []
         self.metrics: list[Mapping[str, float]] = []
         self.evaluations: list[tuple[int, Mapping[str, float]]] = []
-        self._abort = abort
+        self.evaluated: list[int] = []
+        self._abort, self._empty = abort, empty
 
     def train(self, batch: Batch) -> StepResult:
         self.calls.append("train")
@@ -67,6 +70,7 @@ class Everything:
 
     def divergences(self, batch: Batch) -> tuple[tuple[FloatRow, ...], ...]:
         """The divergence of a token is its number; what is off the mask must not count."""
+        self.evaluated.append(sum(micro.loss_mask_T.sum() for rank in batch.ranks for micro in rank))
         return tuple(
             tuple(float_row(micro.labels_T + 1000 * (micro.loss_mask_T == 0)) for micro in rank)
             for rank in batch.ranks
@@ -77,13 +81,13 @@ class Everything:
         groups: list[Group] = []
         for prompt, settings in requests:
             self.seeds.append(settings.seed)
-            aborted = self._abort and not groups
+            tokens = [] if len(groups) < self._empty else [7, 8]
             rollout = Rollout(
-                tokens=int_row([7, 8]),
-                logprobs=float_row([-1.0, -2.0]),
+                tokens=int_row(tokens),
+                logprobs=float_row([-1.0] * len(tokens)),
                 text="",
-                finish="abort" if aborted else "stop",
-                loss_mask=int_row([1, 1]),
+                finish="abort" if len(groups) < self._abort else "stop",
+                loss_mask=int_row([1] * len(tokens)),
                 versions=(0, 0),
             )
             groups.append(Group(prompt=prompt, rollouts=(rollout,)))
@@ -121,10 +125,10 @@ class Trainer:
 def run(
     run_config: RunConfig,
     held_out: tuple[TrainSample, ...] = (),
-    abort: bool = False,
     teacher: TopTeacher | None = None,
+    **left_out: int,
 ) -> Everything:
-    everything = Everything(abort)
+    everything = Everything(**left_out)
     prompts = [Prompt(id=str(n), tokens=int_row([1, n]), messages=(), columns={}) for n in range(4)]
     samples = [sample(1, 2, 3, 4)] * 4
     roles = gkd.Roles(
@@ -166,16 +170,40 @@ def test_the_draw_depends_on_seed_and_step_only() -> None:
     ]
 
 
-def test_an_aborted_completion_is_left_out() -> None:
-    everything = run(config(lmbda=1), abort=True)
-    assert all(batch.num_loss_tokens == 2 for batch in everything.batches)
+@pytest.mark.parametrize("left_out", ["abort", "empty"])
+def test_a_completion_that_was_aborted_or_has_no_token_is_left_out(left_out: str) -> None:
+    everything = run(config(lmbda=1), **{left_out: 1})
+    assert [batch.num_loss_tokens for batch in everything.batches] == [2] * 8
 
 
-def test_evaluation_is_the_mean_over_held_out_completions() -> None:
-    everything = run(config(lmbda=0), held_out=(sample(1, 2, 3), sample(1, 10, 20, 30, 40)))
+@pytest.mark.parametrize("left_out", ["abort", "empty"])
+def test_a_step_that_is_left_with_nothing_is_recorded_and_trains_nothing(left_out: str) -> None:
+    everything = run(config(lmbda=1), **{left_out: 2})
+    assert everything.calls == [call for n in range(8) for call in (f"sync {n}", "generate")]
+    assert len(everything.metrics) == 8
+    for row in everything.metrics:
+        assert (row["on_policy"], row["tokens_per_second"], "loss" in row) == (1, 0, False)
+
+
+def test_many_empty_steps_in_a_row_end_the_run() -> None:
+    with pytest.raises(
+        BasculeError, match=r"3 on-policy steps in a row, the last one step 3, .* 2 were aborted"
+    ):
+        run(config(lmbda=1, max_empty_steps=3), abort=2)
+    # Steps on the dataset's completions between them say nothing about engines.
+    own = [step for step in range(1, 9) if gkd.is_on_policy(config(lmbda=0.5), step)]
+    assert own[2] > 3
+    with pytest.raises(BasculeError, match=f"3 on-policy steps in a row, the last one step {own[2]}"):
+        run(config(lmbda=0.5, max_empty_steps=3), abort=2)
+
+
+def test_evaluation_is_the_mean_over_the_tokens_of_batches_of_held_out_completions() -> None:
+    held_out = (sample(1, 2, 3), sample(1, 10, 20, 30, 40), sample(1, 9))
+    everything = run(config(lmbda=0), held_out=held_out)
     assert [step for step, _ in everything.evaluations] == [0, 4, 8]
+    assert everything.evaluated == [6, 1] * 3
     for _, metrics in everything.evaluations:
-        assert metrics == {"eval/divergence": pytest.approx((2 + 3 + 100) / 6)}
+        assert metrics == {"eval/divergence": pytest.approx((2 + 3 + 100 + 9) / 7)}
 
 
 def test_loss_by_hand() -> None:

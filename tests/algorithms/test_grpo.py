@@ -199,7 +199,10 @@ def test_seeds_differ_between_prompts_and_steps_and_repeat_between_runs() -> Non
 
 
 def test_steps_without_signal_do_not_train_and_end_the_run_after_the_limit() -> None:
-    with pytest.raises(BasculeError, match="2 steps in a row, the last one step 2"):
+    message = (
+        "2 steps in a row, the last one step 2, had nothing to train on. Of its 8 completions 8 are in groups"
+    )
+    with pytest.raises(BasculeError, match=message):
         run(config(max_empty_steps=2), [1.0, 1.0, 1.0, 1.0])
     trainer, _, recorder = run(config(max_empty_steps=4), [1.0, 1.0, 1.0, 1.0])
     assert trainer.calls == []
@@ -220,6 +223,19 @@ def test_steps_without_signal_do_not_train_and_end_the_run_after_the_limit() -> 
 def test_steps_without_signal_are_empty_under_every_estimator(settings: dict[str, object]) -> None:
     with pytest.raises(BasculeError, match="2 steps in a row, the last one step 2"):
         run(config(max_empty_steps=2, **settings), [1.0, 1.0, 1.0, 1.0])
+
+
+def test_what_is_left_out_of_an_empty_step_is_counted_by_reason() -> None:
+    message = (
+        r"Of its 8 completions 4 are in groups .*, 2 have no reward of any function, 2 were aborted; look"
+    )
+    with pytest.raises(BasculeError, match=message):
+        run(config(max_empty_steps=1), [1.0, 1.0, float("nan"), 0.0], finish="abort")
+
+
+def test_gdpo_does_not_train_on_a_group_whose_values_differ_by_an_aborted_one_alone() -> None:
+    with pytest.raises(BasculeError, match="1 steps in a row, the last one step 1"):
+        run(config(max_empty_steps=1, advantage_estimator="gdpo"), [1.0, 1.0, 1.0, 0.0], finish="abort")
 
 
 def test_more_optimizer_steps_use_log_probabilities_from_before_the_first() -> None:

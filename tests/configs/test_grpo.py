@@ -41,6 +41,19 @@ def config(tuner: dict[str, Any] | None = None, **settings: Any) -> RunConfig:
         ),
         ({"soft_overlong_cache": 512}, "soft_overlong_cache: has to be below grpo.max_completion_length"),
         ({"dynamic_sample": True, "filter_zero_variance": False}, "dynamic_sample replaces these groups"),
+        (
+            {"beta": 0.1, "kl_in_reward": True, "advantage_estimator": "gdpo"},
+            "kl_in_reward: gdpo compares the values of each reward function by themselves",
+        ),
+        (
+            {"beta": 0.1, "kl_in_reward": True, "mask_truncated_completions": True},
+            "kl_in_reward: completions that mask_truncated_completions masks have no KL",
+        ),
+        (
+            {"dynamic_sample": True, "advantage_estimator": "reinforce_plus_plus"},
+            "dynamic_sample: replaces groups whose rewards are equal, which reinforce_plus_plus trains on",
+        ),
+        ({"eval_num_generations": 65}, r"max_num_seqs: 64 is less than grpo.eval_num_generations 65"),
         ({"beta": 0.1, "sync_ref_model": True, "tuner": {"tuner_type": "lora"}}, "moves a whole reference"),
     ],
     ids=str,
