@@ -10,6 +10,7 @@ from actors.bridge_home import BridgeHome, DedicatedBridge, HostedBridge
 from actors.bridge_host import Meeting
 from actors.engine_group import EngineGroup
 from actors.engine_pool import EngineLostError, Member
+from actors.events import Event, unheard
 from actors.placement import Reservation
 from actors.trainer import TrainerGroup
 from bridge.relay import ManifestEntry
@@ -41,13 +42,14 @@ class WeightBridge:
         *,
         version: int | None = 0,
         probe: Sequence[int] = (),
+        event: Event = unheard,
         adapter: Mapping[str, Any] | None = None,
     ) -> None:
         """Give everyone the plan and connect the groups, within cluster.start_timeout_s.
 
         `version` is the one that engines start with; None when their weights are of no use. `probe` are the
-        tokens that bridge.check_logprobs_every scores. `adapter` is the content of an adapter_config.json when
-        the trainers' plan is that of an adapter.
+        tokens that bridge.check_logprobs_every scores. `event` is told when a sync has to be made again.
+        `adapter` is the content of an adapter_config.json when the trainers' plan is that of an adapter.
         """
         self._settings = config.bridge
         self._start_timeout_s = config.cluster.start_timeout_s
@@ -67,6 +69,7 @@ class WeightBridge:
         )
         self._version = version
         self._probe = tuple(probe)
+        self._event = event
         self._adapter = adapter
         self._sent = False
         self._left = self._settings.max_recoveries
@@ -201,6 +204,7 @@ class WeightBridge:
         if self._left < 0:
             raise error
         LOG.warning("weights: %s; sending again", error)
+        self._event(None, "restart", f"weights are sent again: {str(error).partition(chr(10))[0]}")
         self._joined, self._trainers_joined, self._must_be_full = (), False, True
         # Ends whatever still waits in the old groups.
         self._home.start()

@@ -4,13 +4,17 @@ import math
 import os
 from pathlib import Path
 
+from actors.events import Event, unheard
+
 
 class CheckpointLinks:
     """Keeps the links of one run. They are relative, so that the directory can be moved."""
 
-    def __init__(self, directory: Path) -> None:
-        """`directory` is the run's."""
+    def __init__(self, directory: Path, event: Event = unheard) -> None:
+        """`directory` is the run's; `event` is told what is saved and what is best."""
         self._directory = directory
+        self._event = event
+        self._best: int | None = None
         self._saved: dict[int, Path] = {}
         self._scores: dict[int, float] = {}
 
@@ -18,6 +22,7 @@ class CheckpointLinks:
         """The checkpoint of this step is complete."""
         self._saved[step] = checkpoint
         self._link("last", checkpoint)
+        self._event(step, "checkpoint", f"{checkpoint.name} saved", path=checkpoint.name)
         self._link_best()
 
     def rated(self, step: int, score: float) -> None:
@@ -33,6 +38,9 @@ class CheckpointLinks:
             # The earliest of equals has trained least.
             best = max(sorted(both), key=self._scores.__getitem__)
             self._link("best", self._saved[best])
+            if best != self._best:
+                self._best, name = best, self._saved[best].name
+                self._event(best, "best", f"{name} is the best so far", path=name, score=self._scores[best])
 
     def _link(self, name: str, checkpoint: Path) -> None:
         # A rename replaces the old link at once; there is no moment without one.

@@ -181,11 +181,13 @@ def run_gkd(
     sources, device = prepared.sources, prepared.device
     if config.has_engines:
         probe = lessons.prompts[0].tokens.tolist()
-        with launch(config, sources, device, reservation, directory, console, probe=probe) as actors:
+        with launch(
+            *(config, sources, device, reservation, directory, console), probe=probe, event=recorder.event
+        ) as actors:
             train(actors.trainers, gkd.Student(sampler=actors.engines, weights=actors.weights))
         actors.trainers.save_last()
     else:
-        trainers = TrainerGroup(config, reservation, device, sources, directory)
+        trainers = TrainerGroup(config, reservation, device, sources, directory, recorder.event)
         warn(trainers.warnings, console)
         train(trainers, None)
         trainers.save_last()

@@ -16,6 +16,7 @@ from actors.engine_pool import EnginePool, Member
 from actors.engine_settings import engine_environment
 from actors.engine_work import Request, Running, Work
 from actors.env import resolve_device
+from actors.events import Event, unheard
 from algorithms.data import Group, Prompt
 from configs.errors import BasculeError
 from configs.schema import RunConfig
@@ -253,11 +254,12 @@ def create_engines(
     with_weights: bool = True,
     max_lora_rank: int | None = None,
     lora_modules: Sequence[str] | None = None,
+    event: Event = unheard,
 ) -> EngineGroup:
     """One engine in each of the bundles; `start` and `ready` make them sample, with weight version 0.
 
     Without weights they start with random ones and have to be sent a version before they sample. With a
-    `max_lora_rank` they can be sent an adapter; see Engine.
+    `max_lora_rank` they can be sent an adapter; see Engine. `event` is told which are lost and back.
     """
     device = resolve_device(config.model.device)
     rollout, cluster = config.rollout, config.cluster
@@ -284,6 +286,7 @@ def create_engines(
         make,
         start_timeout_s=cluster.start_timeout_s,
         max_recoveries=config.bridge.max_recoveries,
+        event=event,
     )
     # Engines hold back what they have no room for, so that they never wait for a trainer that is ahead.
     room = rollout.max_num_seqs * (1 + config.grpo.max_lag)

@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import RayError
 
 from actors import deadline
+from actors.events import Event, unheard
 from configs.errors import BasculeError
 
 LOG = logging.getLogger(__name__)
@@ -58,10 +59,12 @@ class EnginePool:
         *,
         start_timeout_s: float = 600.0,
         max_recoveries: int = 0,
+        event: Event = unheard,
     ) -> None:
         self._make = make
         self._start_timeout_s = start_timeout_s
         self._left = max_recoveries
+        self._event = event
         self._lock = threading.Condition()
         self._slots = [
             _Slot(member=Member(index=index, incarnation=0, actor=actor), state="up")
@@ -110,12 +113,9 @@ class EnginePool:
             state: State = "starting" if can_replace else "failed"
             self._slots[member.index] = replace(slot, state=state, why=why)
             self._lock.notify_all()
-        LOG.warning(
-            "%s is lost: %s; %s",
-            member.name,
-            why,
-            "starting another" if can_replace else "it is not replaced",
-        )
+        following = "starting another" if can_replace else "it is not replaced"
+        LOG.warning("%s is lost: %s; %s", member.name, why, following)
+        self._event(None, "restart", f"{member.name} is lost: {why}; {following}", engine=member.index)
         if can_replace:
             threading.Thread(
                 target=self._replace, args=(member,), name=f"replace-{member.index}", daemon=True
@@ -192,7 +192,10 @@ class EnginePool:
             self._watched[watching] = following
             self.recoveries += 1
             self._lock.notify_all()
-        LOG.warning("%s was started again in %.1f s", member.name, time.monotonic() - start)
+        seconds = time.monotonic() - start
+        LOG.warning("%s was started again in %.1f s", member.name, seconds)
+        text = f"{member.name} was started again in {seconds:.1f} s"
+        self._event(None, "restart", text, engine=member.index, seconds=seconds)
 
 
 def _first_line(error: Exception) -> str:

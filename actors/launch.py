@@ -7,6 +7,7 @@ from pathlib import Path
 
 from actors.bridge import WeightBridge
 from actors.engine_group import EngineGroup, create_engines
+from actors.events import Event
 from actors.metrics import Console, warn
 from actors.placement import Reservation
 from actors.trainer import TrainerGroup
@@ -33,10 +34,12 @@ def launch(
     console: Console,
     *,
     probe: Sequence[int],
+    event: Event,
 ) -> Generator[Launched]:
     """Start them, at the same time; engines are watched until the end of the `with` statement.
 
-    `probe` are the tokens that bridge.check_logprobs_every scores. Warnings of the trainers go to the console.
+    `probe` are the tokens that bridge.check_logprobs_every scores. Warnings of the trainers go to the console,
+    checkpoints and losses to `event`.
     """
     source, adapter = sources.model, sources.adapter
     # What engines are sent in place of the model.
@@ -49,12 +52,13 @@ def launch(
         with_weights=source.mcore is None,
         max_lora_rank=sent.largest_rank if sent is not None else None,
         lora_modules=sent.leaves if sent is not None else None,
+        event=event,
     )
     # Watching engines ends before the run leaves Ray, whatever happens.
     with closing(engines):
         # Both take a good part of a minute on a small machine; neither needs the other.
         starting = engines.start()
-        trainers = TrainerGroup(config, reservation, device, sources, directory)
+        trainers = TrainerGroup(config, reservation, device, sources, directory, event)
         warn(trainers.warnings, console)
         engines.ready(starting, config.cluster.start_timeout_s)
         weights = WeightBridge(
@@ -65,6 +69,7 @@ def launch(
             # An adapter that has been trained before is not in the files that engines read.
             version=0 if source.mcore is None and (adapter is None or adapter.is_new) else None,
             probe=probe,
+            event=event,
             adapter=None if sent is None else sent.peft_config(source.directory),
         )
         if source.mcore is not None:

@@ -1,14 +1,16 @@
-"""What a run writes while it goes: metrics.jsonl, TensorBoard events, rollouts.jsonl, one line a step."""
+"""What a run writes while it goes: metrics, completions, their tokens, events, TensorBoard, one line a step."""
 
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from algorithms.data import Scored
+from actors.events import EventLog
+from algorithms.data import FloatRow, Scored, TokenRecord
 
 _PHASES = ("generate", "train", "sync")
 
@@ -34,16 +36,31 @@ def warn(warnings: Sequence[str], console: Console) -> None:
 class RunRecorder:
     """Recorder of a run directory. Lines are complete and on disk after every step. A context manager."""
 
-    def __init__(self, directory: Path, max_steps: int, console: Console) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        max_steps: int,
+        console: Console,
+        *,
+        algorithm: str = "",
+        token_texts: Callable[[Sequence[int]], list[str]] | None = None,
+    ) -> None:
+        """`token_texts` gives the text of each token; without it a token is written as its number."""
         self._directory = directory
         self._max_steps = max_steps
         self._console = console
+        self._algorithm = algorithm
+        self._token_texts = token_texts or (lambda ids: list(map(str, ids)))
+        self._log = EventLog(directory / "events.jsonl")
+        self._made = time.monotonic()
+        self._last = 0
         self.rows: list[dict[str, float]] = []
         self.evaluations: list[dict[str, float]] = []
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics and one console line."""
         row = {"step": step, **metrics}
+        self._last = step
         self.rows.append(row)
         self._write(row)
         self._console.line(self._line(step, metrics))
@@ -64,6 +81,26 @@ class RunRecorder:
         name = headline(metrics)
         self._console.line(f"eval at step {step}: {name} {metrics[f'eval/{name}']:.3f}")
 
+    def tokens(self, step: int, records: Iterable[TokenRecord]) -> None:
+        """Write the tokens of completions with what was thought of them, log-probabilities in nats."""
+        for each in records:
+            row: dict[str, Any] = {
+                "step": step,
+                "prompt_id": each.prompt_id,
+                "index": each.index,
+                "advantage": _short(each.advantage),
+                "tokens": self._token_texts(each.tokens.tolist()),
+                "logprobs": _short_row(each.logprobs),
+                "trainer_logprobs": _short_row(each.trainer_logprobs),
+                "updated_logprobs": _short_row(each.updated_logprobs),
+            }
+            self._tokens.write(json.dumps(row) + "\n")
+        self._tokens.flush()
+
+    def event(self, step: int | None, kind: str, text: str, **details: object) -> None:
+        """Write what happened; a step of None is the one under way. Works before and after the `with` as well."""
+        self._log.write(self._last + 1 if step is None else step, kind, text, **finite_or_none(details))
+
     def _write(self, row: Mapping[str, float]) -> None:
         self._metrics.write(json.dumps(finite_or_none(row)) + "\n")
         self._metrics.flush()
@@ -80,6 +117,7 @@ class RunRecorder:
                     "step": step,
                     "split": split,
                     "prompt_id": each.group.prompt.id,
+                    "index": number,
                     "messages": list(each.group.prompt.messages),
                     "completion": rollout.text,
                     "finish": rollout.finish,
@@ -111,6 +149,12 @@ class RunRecorder:
             (self._directory / name).unlink(missing_ok=True)
         self._metrics = (self._directory / "metrics.jsonl").open("w")
         self._rollouts = (self._directory / "rollouts.jsonl").open("w")
+        self._tokens = (self._directory / "tokens.jsonl").open("w")
+        self._log.start()
+        self._started = time.monotonic()
+        seconds = self._started - self._made
+        text = f"{self._algorithm or 'run'} begins, {seconds:.1f} s after its start"
+        self.event(0, "start", text, algorithm=self._algorithm, seconds=round(seconds, 1))
         self._events = SummaryWriter(str(self._directory / "tensorboard"))
         return self
 
@@ -120,9 +164,22 @@ class RunRecorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        seconds = time.monotonic() - self._started
+        end = "training ended" if error is None else f"training failed: {type(error).__name__}: {error}"
+        text = f"{end.partition(chr(10))[0]}, {seconds:.1f} s after its beginning"
+        self.event(self._last, "end", text, seconds=round(seconds, 1), failed=error is not None)
         self._metrics.close()
         self._rollouts.close()
+        self._tokens.close()
         self._events.close()
+
+
+def _short(value: float) -> float | None:
+    return round(value, 4) if math.isfinite(value) else None
+
+
+def _short_row(row: FloatRow) -> list[float | None]:
+    return [_short(value) for value in row.tolist()]
 
 
 def headline(evaluation: Mapping[str, float]) -> str:

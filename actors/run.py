@@ -17,6 +17,7 @@ from actors.metrics import Console, RunRecorder, finite_or_none, headline, plot_
 from actors.model_check import CheckedModel, check_model, check_same_shape
 from actors.model_source import find_model, load_tokenizer, model_size
 from actors.placement import Bundle, Reservation, bundles_of, reserve
+from actors.token_texts import TokenTexts
 from actors.trainer import TrainerGroup
 from actors.trainer_rank import MERGED, Sources
 from algorithms import grpo, sft
@@ -158,7 +159,10 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     config = prepared.config
     directory = _make_directory(config, prepared)
     console.line(f"run directory: {directory}")
-    recorder = RunRecorder(directory, config.max_steps, console)
+    texts = TokenTexts(prepared.sources.model.directory)
+    recorder = RunRecorder(
+        directory, config.max_steps, console, algorithm=config.algorithm, token_texts=texts
+    )
     with connect(config.cluster) as cluster:
         train = {"grpo": _run_grpo, "gkd": run_gkd, "sft": _run_sft}[config.algorithm]
         try:
@@ -201,7 +205,9 @@ def _run_grpo(
     start = time.monotonic()
     probe = prepared.prompts[0].tokens.tolist()
     with launch(
-        config, prepared.sources, prepared.device, reservation, directory, console, probe=probe
+        *(config, prepared.sources, prepared.device, reservation, directory, console),
+        probe=probe,
+        event=recorder.event,
     ) as actors:
         judge = create_reward_group(config, reservation.group, reservation.indices("reward"))
         actors.engines.heard_by(judge.worker_for)
@@ -229,7 +235,8 @@ def _run_sft(
     console: Console,
 ) -> None:
     start = time.monotonic()
-    trainers = TrainerGroup(config, reservation, prepared.device, prepared.sources, directory)
+    sources, event = prepared.sources, recorder.event
+    trainers = TrainerGroup(config, reservation, prepared.device, sources, directory, event)
     warn(trainers.warnings, console)
     console.line(f"trainers are up after {time.monotonic() - start:.1f}s")
     if prepared.samples.truncated or prepared.samples.dropped:

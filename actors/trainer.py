@@ -6,6 +6,7 @@ from typing import Any
 
 from actors import deadline
 from actors.checkpoint_links import CheckpointLinks
+from actors.events import Event, unheard
 from actors.placement import Reservation
 from actors.ranks import start_ranks
 from actors.trainer_rank import Sources, Started, TrainerRank
@@ -24,11 +25,13 @@ class TrainerGroup:
         device: str,
         sources: Sources,
         directory: Path,
+        event: Event = unheard,
     ) -> None:
-        """Start the ranks and load the weights, within cluster.start_timeout_s. Saves go under `directory`."""
+        """Start the ranks and load the weights, within cluster.start_timeout_s. Saves go under `directory`, and
+        `event` is told of them."""
         self._config = config
         self._directory = directory
-        self._links = CheckpointLinks(directory)
+        self._links = CheckpointLinks(directory, event)
         self.size = config.trainer.world_size
         self._names = [f"trainer rank {rank}" for rank in range(self.size)]
         self.ranks = start_ranks(TrainerRank, reservation, "trainer", self.size, (config, device))

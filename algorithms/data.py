@@ -153,6 +153,23 @@ class TrainSample:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TokenRecord:
+    """What was thought of the tokens of one completion of a generation step; a row has one entry per token.
+
+    `logprobs` are the engine's, the others the trainer's before the first optimizer step of the generation step
+    and after its last. `index` is the number of the completion in its group.
+    """
+
+    prompt_id: str
+    index: int
+    advantage: float
+    tokens: IntRow
+    logprobs: FloatRow
+    trainer_logprobs: FloatRow
+    updated_logprobs: FloatRow
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
     """Samples packed into one row of T tokens.
 

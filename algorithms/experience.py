@@ -16,10 +16,20 @@ from configs.schema import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Which completion a sample is: number `index` of the prompt's group, beginning at token `start`."""
+
+    prompt_id: str
+    index: int
+    start: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Experience:
-    """What one generation step trains on."""
+    """What one generation step trains on. `origins` has one entry per sample."""
 
     samples: tuple[TrainSample, ...]
+    origins: tuple[Origin, ...]
     metrics: Mapping[str, float]
 
 
@@ -38,6 +48,11 @@ def gather(groups: Sequence[Scored], config: RunConfig, trainer: Trainer) -> Exp
         for rollout, is_used in zip(each.group.rollouts, used, strict=True)
         if is_used
     ]
+    origins = tuple(
+        Origin(prompt_id=each.group.prompt.id, index=int(index), start=each.group.prompt.tokens.size)
+        for each, used in zip(groups, kept, strict=True)
+        for index in np.flatnonzero(used)
+    )
     samples, entropies = _ask(samples, config, trainer) if samples else ([], None)
     rewards = [each.rewards for each in groups]
     metrics: dict[str, float] = {}
@@ -56,7 +71,7 @@ def gather(groups: Sequence[Scored], config: RunConfig, trainer: Trainer) -> Exp
         samples, metrics["entropy_threshold"] = _most_uncertain(
             samples, entropies, settings.top_entropy_quantile
         )
-    return Experience(samples=tuple(samples), metrics=metrics)
+    return Experience(samples=tuple(samples), origins=origins, metrics=metrics)
 
 
 def optimizer_batches(samples: Sequence[TrainSample], config: RunConfig) -> list[Batch]:

@@ -12,6 +12,7 @@ from algorithms.experience import gather, optimizer_batches, untrained
 from algorithms.prompts import PromptStream
 from algorithms.roles import Roles, Trainer
 from algorithms.rollouts import Rollouts, staleness
+from algorithms.tokens_record import recording
 from configs.errors import BasculeError
 from configs.schema import RunConfig
 
@@ -40,6 +41,7 @@ def train(config: RunConfig, roles: Roles, prompts: PromptStream[Prompt], held_o
         roles.recorder.rollouts(step, generated.scored)
         with clock("train"):
             experience = gather(generated.kept, config, roles.trainer)
+        with recording(step, experience, config, roles, clock), clock("train"):
             results = list(_optimize(config, roles.trainer, experience.samples))
         empty = 0 if results else empty + 1
         _check_signal(empty, step, generated.scored, config)

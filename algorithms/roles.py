@@ -15,6 +15,7 @@ from algorithms.data import (
     SamplingSettings,
     Scored,
     StepResult,
+    TokenRecord,
     TopTokens,
     TrainSample,
 )
@@ -115,6 +116,14 @@ class Recorder(Protocol):
 
     def evaluation(self, step: int, scored: Iterable[Scored], metrics: Mapping[str, float]) -> None:
         """Completions and metrics of one evaluation."""
+        ...
+
+    def tokens(self, step: int, records: Iterable[TokenRecord]) -> None:
+        """What was thought of every token of a step's completions."""
+        ...
+
+    def event(self, step: int, kind: str, text: str, **details: object) -> None:
+        """Something that happened besides the steps: `kind` is a word to sort by, `text` is for a person."""
         ...
 
 

@@ -10,6 +10,7 @@ from configs.data import DataConfig, check_data
 from configs.errors import ConfigError
 from configs.gkd import GKDConfig, check_gkd
 from configs.grpo import GRPOConfig, check_grpo
+from configs.record import RecordConfig
 from configs.rewards import RewardConfig, RewardWorkersConfig
 from configs.section import Names, Section
 from configs.sft import SFTConfig
@@ -227,6 +228,7 @@ class RunConfig(Section):
     reward_workers: RewardWorkersConfig = RewardWorkersConfig()
     bridge: BridgeConfig = BridgeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    record: RecordConfig = RecordConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @field_validator("tuner")
@@ -275,6 +277,11 @@ class RunConfig(Section):
         """Whether `checkpoint-STEP` is due after this step; the last one is saved as `checkpoint` anyway."""
         every = self.checkpoint.save_steps
         return every > 0 and step % every == 0 and step < self.max_steps
+
+    def records_tokens_at(self, step: int) -> bool:
+        """Whether this step's tokens are written: the first step's, and then every `record.token_steps`."""
+        every = self.record.token_steps
+        return every > 0 and (step == 1 or step % every == 0)
 
     @model_validator(mode="after")
     def _rules_between_sections(self) -> Self:

@@ -34,6 +34,35 @@ def test_a_score_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
         assert read(tmp_path).get("best") == (None if step == 1 else "checkpoint-2")
 
 
+def test_what_is_saved_and_what_becomes_best_is_told_once(tmp_path: Path) -> None:
+    told: list[tuple[object, ...]] = []
+
+    def event(step: int | None, kind: str, text: str, **details: object) -> None:
+        told.append((step, kind, text, details))
+
+    links = CheckpointLinks(tmp_path, event)
+    links.rated(10, 0.5)
+    links.saved(10, tmp_path / "checkpoint-10")
+    links.rated(20, 0.4)
+    links.saved(20, tmp_path / "checkpoint-20")
+    links.rated(30, 0.7)
+    links.saved(30, tmp_path / "checkpoint")
+
+    def saved(step: int, name: str) -> tuple[object, ...]:
+        return step, "checkpoint", f"{name} saved", {"path": name}
+
+    def best(step: int, name: str, score: float) -> tuple[object, ...]:
+        return step, "best", f"{name} is the best so far", {"path": name, "score": score}
+
+    assert told == [
+        saved(10, "checkpoint-10"),
+        best(10, "checkpoint-10", 0.5),
+        saved(20, "checkpoint-20"),
+        saved(30, "checkpoint"),
+        best(30, "checkpoint", 0.7),
+    ]
+
+
 def test_links_of_an_earlier_run_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "last").symlink_to("checkpoint-99")
     (tmp_path / ".last.new").symlink_to("half-made")

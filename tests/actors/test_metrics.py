@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from actors.metrics import RunRecorder, plot_curve
-from algorithms.data import Group, Prompt, Rollout, Scored, float_row, int_row
+from actors.token_texts import token_texts
+from algorithms.data import Group, Prompt, Rollout, Scored, TokenRecord, float_row, int_row
 from algorithms.evaluation import reward_metrics
 
 NAN = float("nan")
@@ -83,6 +84,7 @@ def test_everything_is_on_disk_after_the_step(tmp_path: Path) -> None:
         "step": 1,
         "split": "train",
         "prompt_id": "p",
+        "index": 2,
         "messages": [{"role": "user", "content": "hi"}],
         "completion": "xxx",
         "finish": "abort",
@@ -100,3 +102,74 @@ def test_everything_is_on_disk_after_the_step(tmp_path: Path) -> None:
         "eval at step 1: accuracy 0.750",
     ]
     assert console.done == [(1, 10)]
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_tokens_are_written_with_their_texts_and_four_digits(tmp_path: Path) -> None:
+    record = TokenRecord(
+        prompt_id="p",
+        index=1,
+        advantage=-0.123456,
+        tokens=int_row([7, 8]),
+        logprobs=float_row([-0.5, -1.00006]),
+        trainer_logprobs=float_row([-0.25, NAN]),
+        updated_logprobs=float_row([-0.125, -2.0]),
+    )
+    with RunRecorder(
+        tmp_path, 10, Console(), token_texts=lambda ids: [f"<{number}>" for number in ids]
+    ) as recorder:
+        recorder.tokens(4, [record])
+        assert lines(tmp_path / "tokens.jsonl") == [
+            {
+                "step": 4,
+                "prompt_id": "p",
+                "index": 1,
+                "advantage": -0.1235,
+                "tokens": ["<7>", "<8>"],
+                "logprobs": [-0.5, -1.0001],
+                "trainer_logprobs": [-0.25, None],
+                "updated_logprobs": [-0.125, -2.0],
+            }
+        ]
+
+
+def test_events_have_their_step_and_frame_the_run(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text("of an earlier run\n")
+    recorder = RunRecorder(tmp_path, 10, Console(), algorithm="sft")
+    with recorder:
+        recorder.step(1, {"loss": 0.5, "tokens_per_second": 1.0})
+        recorder.event(None, "restart", "engine 0 is lost", engine=0, seconds=NAN)
+    recorder.event(1, "checkpoint", "checkpoint saved")
+    start, lost, end, saved = lines(tmp_path / "events.jsonl")
+    assert (start["step"], start["kind"], start["algorithm"]) == (0, "start", "sft")
+    # The time of a loss is that of the step under way.
+    assert lost | {"time": ""} == {
+        "time": "", "step": 2, "kind": "restart", "text": "engine 0 is lost", "engine": 0, "seconds": None,
+    }  # fmt: skip
+    assert (end["step"], end["kind"], end["failed"]) == (1, "end", False)
+    assert str(end["text"]).startswith("training ended, ")
+    assert saved["kind"] == "checkpoint"
+    assert all(str(each["time"]).endswith("+00:00") for each in (start, lost, end, saved))
+
+
+def test_a_run_that_fails_says_so_in_its_events(tmp_path: Path) -> None:
+    with pytest.raises(ValueError), RunRecorder(tmp_path, 10, Console()):
+        raise ValueError("no luck\nat all")
+    end = lines(tmp_path / "events.jsonl")[-1]
+    assert end["failed"] is True
+    assert str(end["text"]).startswith("training failed: ValueError: no luck, ")
+
+
+def test_characters_that_tokens_share_are_in_the_last_of_them() -> None:
+    parts = [b"a", b"\xe2", b"\x82", b"\xac", b" b", b"\xf0\x9f", b"\x98\x80!", b"\xc3"]
+
+    def decode(ids: list[int]) -> str:
+        return b"".join(parts[number] for number in ids).decode(errors="replace")
+
+    texts = token_texts(range(len(parts)), decode)
+    assert texts == ["a", "", "", "€", " b", "", "😀!", "\ufffd"]
+    # A tokenizer that drops the space of the first word.
+    assert token_texts([0, 4, 4], lambda ids: decode(ids).removeprefix(" ")) == ["a", " b", " b"]

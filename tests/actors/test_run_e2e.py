@@ -82,6 +82,41 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in files for name, tensor in load_file(path).items()}
 
 
+def test_tokens_are_recorded_as_engine_and_trainer_saw_them(finished: Finished, workspace: Path) -> None:
+    assert finished.code == 0
+    directory = workspace / "out"
+    records = rows(directory / "tokens.jsonl")
+    # Of record.token_steps 10, in three steps, the first.
+    completions = {
+        (row["prompt_id"], row["index"]): row
+        for row in rows(directory / "rollouts.jsonl")
+        if (row["split"], row["step"]) == ("train", 1)
+    }
+    assert records
+    assert {row["step"] for row in records} == {1}
+    changes = []
+    for row in records:
+        completion = completions[row["prompt_id"], row["index"]]
+        assert len(row["tokens"]) == len(row["logprobs"]) == completion["tokens"]
+        assert "".join(row["tokens"]).startswith(completion["completion"].rstrip())
+        np.testing.assert_allclose(row["trainer_logprobs"], row["logprobs"], atol=2e-3)
+        changes.append(np.abs(np.subtract(row["updated_logprobs"], row["trainer_logprobs"])).max())
+    assert max(changes) > 1e-3
+
+
+def test_events_say_what_was_saved(finished: Finished, workspace: Path) -> None:
+    assert finished.code == 0
+    events = rows(workspace / "out" / "events.jsonl")
+    assert [(row["kind"], row["step"]) for row in events if row["kind"] != "best"] == [
+        ("start", 0),
+        ("checkpoint", 1),
+        ("checkpoint", 2),
+        ("end", 3),
+        ("checkpoint", 3),
+    ]
+    assert events[-1]["path"] == "checkpoint"
+
+
 def test_weights_did_change(finished: Finished, workspace: Path) -> None:
     assert finished.code == 0
     before, after = tensors(workspace / "model"), tensors(workspace / "out" / "checkpoint")

@@ -15,6 +15,7 @@ from algorithms.data import (
     SamplingSettings,
     Scored,
     StepResult,
+    TokenRecord,
     float_row,
     int_row,
 )
@@ -26,13 +27,14 @@ from configs.grpo import GRPOConfig
 from configs.schema import RunConfig
 
 
-def config(**grpo_settings: object) -> RunConfig:
+def config(token_steps: int = 0, **grpo_settings: object) -> RunConfig:
     settings = {"num_generations": 4, "prompts_per_step": 2, "max_completion_length": 1, **grpo_settings}
     return RunConfig.model_validate(
         {
             "max_steps": 3,
             "model": {"model": "m"},
             "data": {"dataset": "d"},
+            "record": {"token_steps": token_steps},
             "grpo": settings,
             "rewards": [{"function": "r"}],
         }
@@ -137,6 +139,7 @@ class Recorder:
         self.steps: list[Mapping[str, float]] = []
         self.versions: list[int] = []
         self.evaluated: list[int] = []
+        self.recorded: dict[int, list[TokenRecord]] = {}
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self.steps.append(metrics)
@@ -146,6 +149,12 @@ class Recorder:
 
     def evaluation(self, step: int, scored: Iterable[Scored], metrics: Mapping[str, float]) -> None:
         self.evaluated.append(step)
+
+    def tokens(self, step: int, records: Iterable[TokenRecord]) -> None:
+        self.recorded[step] = list(records)
+
+    def event(self, step: int, kind: str, text: str, **details: object) -> None:
+        raise AssertionError("the loop has none")
 
 
 def prompts() -> list[Prompt]:
