@@ -1,4 +1,4 @@
-"""The command line: `bascule grpo|gkd|sft|plan|export|infer|make-model`. The only module that prints."""
+"""The command line: `bascule grpo|gkd|sft|plan|reward|export|infer|make-model`. The only module that prints."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 from tqdm import tqdm
 
+from actors.reward_command import add_commands
 from configs.errors import BasculeError, ConfigError, WriteError
 from configs.export import ExportConfig, InferConfig
 from configs.load import dump_config, load_config, load_settings
@@ -93,6 +94,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     make.add_argument("--output_dir", type=Path, required=True, help="where to write it")
     make.add_argument("--seed", type=int, default=42, help="seed of the random weights and of the data")
     make.set_defaults(command_function=_make_model)
+    add_commands(commands, Terminal)
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command_function is _make_model:
         parser.error(f"unknown arguments: {' '.join(rest)}")

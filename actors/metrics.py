@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self
 
 from actors.events import EventLog
 from algorithms.data import FloatRow, Scored, TokenRecord
+from algorithms.stored_rollouts import stored_row
 
 _PHASES = ("generate", "train", "sync")
 
@@ -111,21 +112,8 @@ class RunRecorder:
 
     def _write_rollouts(self, step: int, split: str, scored: Iterable[Scored]) -> None:
         for each in scored:
-            for number, rollout in enumerate(each.group.rollouts):
-                reward = float(each.rewards[number])
-                row: dict[str, Any] = {
-                    "step": step,
-                    "split": split,
-                    "prompt_id": each.group.prompt.id,
-                    "index": number,
-                    "messages": list(each.group.prompt.messages),
-                    "completion": rollout.text,
-                    "finish": rollout.finish,
-                    "tokens": rollout.tokens.size,
-                    "reward": None if math.isnan(reward) else reward,
-                    "rewards": {name: values[number] for name, values in each.parts.items()},
-                    "weight_versions": rollout.versions,
-                }
+            for number in range(len(each.group.rollouts)):
+                row = stored_row(step, split, each, number)
                 self._rollouts.write(json.dumps(row) + "\n")
         self._rollouts.flush()
 

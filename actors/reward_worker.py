@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,6 +16,8 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.deadline import DeadlineExceededError, get, get_all
+from actors.events import Event
+from actors.reward_swap import post_answer, take_request
 from algorithms.data import Group, Prompt, Rollout, Scored, Verdict
 from algorithms.rewards.child import Loaded
 from algorithms.rewards.loading import RewardSource, read_sources
@@ -139,12 +142,20 @@ class RewardGroup:
     """Workers that score groups as they come in (algorithms.roles.Judge)."""
 
     def __init__(
-        self, workers: Sequence[Any], sources: Sequence[RewardSource], settings: RewardWorkersConfig
+        self,
+        workers: Sequence[Any],
+        sources: Sequence[RewardSource],
+        loaded: Sequence[Loaded],
+        settings: RewardWorkersConfig,
     ) -> None:
+        """`loaded` is what the workers say of the sources."""
         self.workers = tuple(workers)
         self.sources: tuple[RewardSource, ...] = ()
         self._settings = settings
-        self._use(sources)
+        self._use(sources, loaded)
+
+    def begin(self, step: int) -> None:
+        """See SwappableRewards; these stay as they are."""
 
     def worker_for(self, prompt: Prompt) -> Any:
         """The actor that scores the completions of a prompt, and should hear of each as soon as it is there."""
@@ -182,7 +193,7 @@ class RewardGroup:
             raise
         swapping = [worker.swap.remote() for worker in self.workers]
         get_all(swapping, owners, timeout_s=MARGIN_S, phase="swap rewards")
-        self._use(sources)
+        self._use(sources, loaded[0])
         return loaded[0]
 
     def close(self) -> None:
@@ -193,9 +204,10 @@ class RewardGroup:
                 get(worker.close.remote(), "reward worker", timeout_s=5, phase="close")
             ray.kill(worker)
 
-    def _use(self, sources: Sequence[RewardSource]) -> None:
+    def _use(self, sources: Sequence[RewardSource], loaded: Sequence[Loaded]) -> None:
         self.sources = tuple(sources)
-        self._settler = Settler({source.name: source.config for source in sources}, self._settings)
+        hashes = {each.name: each.sha256 for each in loaded if each.sha256 is not None}
+        self._settler = Settler({each.name: each.config for each in sources}, self._settings, hashes)
 
     def _send(self, group: Group) -> tuple[Any, _Pending]:
         worker = self._place_of(group.prompt)
@@ -269,5 +281,39 @@ def create_reward_group(
     owners = [f"reward worker {index}" for index in range(count)]
     started = [worker.start.remote() for worker in workers]
     # A worker whose functions take too long to load says so itself, and by name.
-    get_all(started, owners, timeout_s=timeout_s + MARGIN_S, phase="load rewards")
-    return RewardGroup(workers, sources, config.reward_workers)
+    loaded = get_all(started, owners, timeout_s=timeout_s + MARGIN_S, phase="load rewards")
+    return RewardGroup(workers, sources, loaded[0], config.reward_workers)
+
+
+class SwappableRewards:
+    """A RewardGroup as a judge whose rewards `bascule reward reload DIRECTORY` replaces between two steps."""
+
+    def __init__(self, group: RewardGroup, directory: Path, event: Event, timeout_s: float) -> None:
+        self._group, self._directory = group, directory
+        self._event, self._timeout_s = event, timeout_s
+
+    def score(self, groups: Iterable[Group]) -> Iterator[Scored]:
+        """See RewardGroup."""
+        return self._group.score(groups)
+
+    def begin(self, step: int) -> None:
+        """Use other rewards from this step on, if some were asked for; those that do not load change nothing."""
+        request = take_request(self._directory)
+        if request is None:
+            return
+        number, sources = request
+        try:
+            loaded = self._group.reload(sources, self._timeout_s)
+        except BasculeError as error:
+            post_answer(self._directory, number, step=step, error=str(error))
+            self._event(step, "reward", f"other rewards were refused: {error}", refused=True)
+            return
+        post_answer(self._directory, number, step=step, error=None)
+        names = ", ".join(source.name for source in sources)
+        self._event(
+            step,
+            "reward",
+            f"rewards are now {names}",
+            rewards={each.name: source.config.spelled for each, source in zip(loaded, sources, strict=True)},
+            sources={each.name: each.sha256 for each in loaded},
+        )

@@ -17,6 +17,7 @@ from actors.metrics import Console, RunRecorder, finite_or_none, headline, plot_
 from actors.model_check import CheckedModel, check_model, check_same_shape
 from actors.model_source import find_model, load_tokenizer, model_size
 from actors.placement import Bundle, Reservation, bundles_of, reserve
+from actors.reward_swap import write_rewards
 from actors.token_texts import TokenTexts
 from actors.trainer import TrainerGroup
 from actors.trainer_rank import MERGED, Sources
@@ -200,7 +201,7 @@ def _run_grpo(
     console: Console,
 ) -> None:
     from actors.launch import launch
-    from actors.reward_worker import create_reward_group
+    from actors.reward_worker import SwappableRewards, create_reward_group
 
     start = time.monotonic()
     probe = prepared.prompts[0].tokens.tolist()
@@ -209,13 +210,14 @@ def _run_grpo(
         probe=probe,
         event=recorder.event,
     ) as actors:
+        write_rewards(directory, config.rewards)
         judge = create_reward_group(config, reservation.group, reservation.indices("reward"))
         actors.engines.heard_by(judge.worker_for)
         console.line(f"trainers, engines and bridge are up after {time.monotonic() - start:.1f}s")
         roles = Roles(
             trainer=actors.trainers,
             sampler=actors.engines,
-            judge=judge,
+            judge=SwappableRewards(judge, directory, recorder.event, config.cluster.start_timeout_s),
             weights=actors.weights,
             recorder=recorder,
         )

@@ -13,16 +13,13 @@ Row = NDArray[np.float64]
 
 
 def advantages_of(
-    groups: Sequence[Scored],
-    rewards: Sequence[FloatRow],
-    part_weights: Sequence[float],
-    settings: GRPOConfig,
+    groups: Sequence[Scored], rewards: Sequence[FloatRow], settings: GRPOConfig
 ) -> list[FloatRow]:
     """Advantages [K] of the completions of each group, by `settings.advantage_estimator`.
 
     `rewards` are those of the groups, after whatever was added to them; NaN marks a completion without a
-    reward, which is left out of every mean and deviation and gets 0. `part_weights` are those of the groups'
-    parts, in their order. Deviations are the unbiased ones, as in TRL and ms-swift.
+    reward, which is left out of every mean and deviation and gets 0. Deviations are the unbiased ones,
+    as in TRL and ms-swift.
 
     Sources: Shao et al. 2024 (grpo), Ahmadian et al. 2024 (rloo), Hu et al. 2025 (REINFORCE++, its baseline
     form), Liu et al. 2026 (gdpo), Liu et al. 2025 (Dr. GRPO: no deviation). See docs/algorithms.md.
@@ -41,7 +38,7 @@ def advantages_of(
         case "reinforce_plus_plus_baseline":
             found = _whitened([_centred(row) for row in values], _loss_tokens(groups))
         case "gdpo":
-            found = _whitened([_by_function(each, part_weights) for each in groups], None)
+            found = _whitened([_by_function(each) for each in groups], None)
     return [float_row(np.nan_to_num(row, nan=0.0)) for row in found]
 
 
@@ -87,11 +84,13 @@ def _scaled(centred: Sequence[Row], rewards: Sequence[Row], settings: GRPOConfig
             return [row / (spread + _EPSILON) for row in centred]
 
 
-def _by_function(group: Scored, weights: Sequence[float]) -> Row:
+def _by_function(group: Scored) -> Row:
     """Each function's values, normalized in the group by themselves; None counts as no deviation from the mean."""
     total = np.zeros(len(group.group.rollouts))
-    for weight, row in zip(weights, values_by_function(group), strict=True):
-        total += weight * np.nan_to_num(_centred(row) / (_deviation(row) + _EPSILON), nan=0.0)
+    for name, row in zip(group.parts, values_by_function(group), strict=True):
+        total += group.weights.get(name, 1.0) * np.nan_to_num(
+            _centred(row) / (_deviation(row) + _EPSILON), nan=0.0
+        )
     return np.where(np.isnan(group.rewards), np.nan, total)
 
 

@@ -106,13 +106,16 @@ class Verdict:
 class Scored:
     """A group with its rewards: the weighted sum, NaN where none applied, and by reward the values that count.
 
-    `verdicts` are what the rewards said, by reward; `credits` has what their spans add to the advantage of each
-    sampled token, by completion, and is empty where there are no spans.
+    `weights` are their factors in the sum, 1 where not named, `sources` the hashes of their files, where they have
+    one; `verdicts` are what the rewards said, failures included; `credits` has what their spans add to the
+    advantage of each sampled token, by completion, and is empty where there are no spans.
     """
 
     group: Group
     rewards: FloatRow
     parts: Mapping[str, tuple[float | None, ...]]
+    weights: Mapping[str, float] = field(default_factory=dict[str, float])
+    sources: Mapping[str, str] = field(default_factory=dict[str, str])
     verdicts: Mapping[str, tuple[Verdict, ...]] = field(default_factory=dict[str, tuple[Verdict, ...]])
     credits: tuple[FloatRow, ...] = ()
 

@@ -58,10 +58,7 @@ def gather(groups: Sequence[Scored], config: RunConfig, trainer: Trainer) -> Exp
     metrics: dict[str, float] = {}
     if settings.kl_in_reward:
         rewards = _with_kl(rewards, kept, [settings.beta * _k1(sample) for sample in samples])
-    weights = [reward.weight for reward in config.rewards]
-    if settings.soft_overlong_cache is not None:
-        weights.append(1.0)
-    found = advantages_of(groups, rewards, weights, settings)
+    found = advantages_of(groups, rewards, settings)
     chosen = [value for row, used in zip(found, kept, strict=True) for value in row[used]]
     samples = [
         replace(sample, advantages=float_row(sample.loss_mask * (value + credit)))

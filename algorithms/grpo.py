@@ -35,6 +35,7 @@ def train(config: RunConfig, roles: Roles, prompts: PromptStream[Prompt], held_o
     evaluate_at(0)
     for step in range(1, config.max_steps + 1):
         clock = Clock()
+        roles.judge.begin(step)
         synced: Mapping[str, float] = {}
         with clock("generate"):
             generated = rollouts.generate(step)

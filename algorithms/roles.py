@@ -90,6 +90,10 @@ class Sampler(Protocol):
 class Judge(Protocol):
     """Reward functions, wherever they run."""
 
+    def begin(self, step: int) -> None:
+        """A step begins: from here on, and not within a step, other rewards may be used."""
+        ...
+
     def score(self, groups: Iterable[Group]) -> Iterator[Scored]:
         """Each group with its rewards, in the order they finish; scoring overlaps `groups`."""
         ...

@@ -14,8 +14,16 @@ from configs.rewards import RewardConfig, RewardWorkersConfig
 class Settler:
     """Makes rewards of verdicts, as the `on_error` of each reward says, and keeps count of the failures."""
 
-    def __init__(self, rewards: Mapping[str, RewardConfig], settings: RewardWorkersConfig) -> None:
+    def __init__(
+        self,
+        rewards: Mapping[str, RewardConfig],
+        settings: RewardWorkersConfig,
+        sources: Mapping[str, str] | None = None,
+    ) -> None:
+        """`sources` are the hashes of the rewards' files, which groups carry along."""
         self._rewards, self._settings = dict(rewards), settings
+        self._weights = {name: config.weight for name, config in rewards.items()}
+        self._sources = dict(sources or {})
         self._calls = dict.fromkeys(rewards, 0)
         self._failed = {name: deque[bool](maxlen=settings.error_window) for name in rewards}
 
@@ -43,6 +51,8 @@ class Settler:
             group=group,
             rewards=float_row(sums),
             parts=parts,
+            weights=self._weights,
+            sources=self._sources,
             verdicts={name: tuple(verdicts[name]) for name in self._rewards},
             credits=self._credits(group, verdicts),
         )

@@ -91,6 +91,9 @@ def test_everything_is_on_disk_after_the_step(tmp_path: Path) -> None:
         "tokens": 3,
         "reward": None,
         "rewards": {"good": None, "rare": None},
+        "token_ids": [1, 1, 1],
+        "reward_sources": {},
+        "columns": {},
         "weight_versions": [3, 4],
     }
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()

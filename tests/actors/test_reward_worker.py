@@ -169,6 +169,6 @@ def test_a_worker_that_never_answers_does_not_hold_the_driver(monkeypatch: pytes
     with pytest.raises(
         DeadlineExceededError, match=r"worker 0 gave no answer for prompt p .*\(exact_match\)"
     ):
-        list(RewardGroup([worker], sources, RewardWorkersConfig()).score([group("p", "a")]))
+        list(RewardGroup([worker], sources, (), RewardWorkersConfig()).score([group("p", "a")]))
     with pytest.raises(RayActorError):
         ray.get(worker.score.remote(group("p", "a")), timeout=30)

@@ -34,12 +34,13 @@ def group(
         group=Group(prompt=prompt, rollouts=rollouts),
         rewards=float_row(rewards),
         parts={f"r{number}": tuple(values) for number, values in enumerate(parts)},
+        weights={"r0": 1.0, "r1": 0.5},
     )
 
 
 def advantages(**settings: object) -> list[list[float]]:
     groups = [group(FIRST, LENGTHS[0]), group(SECOND, LENGTHS[1])]
-    found = advantages_of(groups, [each.rewards for each in groups], [], GRPOConfig.model_validate(settings))
+    found = advantages_of(groups, [each.rewards for each in groups], GRPOConfig.model_validate(settings))
     return [row.tolist() for row in found]
 
 
@@ -90,7 +91,7 @@ def test_gdpo_normalizes_each_function_by_itself_and_whitens_the_sum() -> None:
     parts = [[1.0, 0.0, 1.0, 0.0], [5.0, None, 5.0, 2.0]]
     groups = [group([3.5, 0.0, 3.5, 1.0], [1] * 4, parts)]
     settings = GRPOConfig(advantage_estimator="gdpo")
-    (found,) = advantages_of(groups, [groups[0].rewards], [1.0, 0.5], settings)
+    (found,) = advantages_of(groups, [groups[0].rewards], settings)
     first = [(value - 0.5) / (statistics.stdev([1.0, 0.0, 1.0, 0.0]) + 1e-4) for value in (1, 0, 1, 0)]
     known = [5.0, 5.0, 2.0]
     second = [
@@ -106,8 +107,8 @@ def test_gdpo_leaves_out_what_functions_said_of_a_completion_without_reward() ->
     settings = GRPOConfig(advantage_estimator="gdpo")
     with_gap = group([2.5, NAN, 0.0, 1.5], [1] * 4, [[1.0, 9.0, 0.0, 0.5], [3.0, -7.0, 0.0, None]])
     without = group([2.5, 0.0, 1.5], [1] * 3, [[1.0, 0.0, 0.5], [3.0, 0.0, None]])
-    (found,) = advantages_of([with_gap], [with_gap.rewards], [1.0, 0.5], settings)
-    (want,) = advantages_of([without], [without.rewards], [1.0, 0.5], settings)
+    (found,) = advantages_of([with_gap], [with_gap.rewards], settings)
+    (want,) = advantages_of([without], [without.rewards], settings)
     assert found[1] == 0
     np.testing.assert_allclose(found[[0, 2, 3]], want, rtol=1e-6)
 
@@ -117,8 +118,8 @@ def test_a_completion_without_reward_changes_nothing_for_the_others_and_gets_zer
     settings = GRPOConfig.model_validate({"advantage_estimator": estimator})
     with_gap = [group([2.0, NAN, 0.0, 1.5], [3, 9, 1, 2])]
     without = [group([2.0, 0.0, 1.5], [3, 1, 2])]
-    (found,) = advantages_of(with_gap, [with_gap[0].rewards], [], settings)
-    (want,) = advantages_of(without, [without[0].rewards], [], settings)
+    (found,) = advantages_of(with_gap, [with_gap[0].rewards], settings)
+    (want,) = advantages_of(without, [without[0].rewards], settings)
     assert found[1] == 0
     np.testing.assert_allclose(found[[0, 2, 3]], want, rtol=1e-6)
 
@@ -131,5 +132,5 @@ def test_only_groups_with_differing_rewards_have_signal(rewards: list[float], si
     each = group(rewards, [1] * len(rewards))
     assert has_signal(each.rewards) is signal
     if not signal:
-        (found,) = advantages_of([each], [each.rewards], [], GRPOConfig())
+        (found,) = advantages_of([each], [each.rewards], GRPOConfig())
         assert np.all(found == 0)

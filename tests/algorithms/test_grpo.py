@@ -104,6 +104,10 @@ class Sampler:
 class Judge:
     def __init__(self, rewards: list[float]) -> None:
         self.rewards = rewards
+        self.begun: list[int] = []
+
+    def begin(self, step: int) -> None:
+        self.begun.append(step)
 
     def score(self, groups: Iterable[Group]) -> Iterator[Scored]:
         for group in groups:
