@@ -204,7 +204,7 @@ def _launch(task: Mapping[str, object], stdin: bytes, limits: SandboxLimits) -> 
         fields = marshal.dumps({**task, "control": control.fileno(), "report": to_report.fileno()})
         process = stack.enter_context(
             subprocess.Popen(
-                [sys.executable, "-I", "-S", "-B", "-c", _launcher(), fields.hex()],
+                [sys.executable, "-I", "-S", "-c", _launcher(), fields.hex()],
                 env={"PATH": PATH, "HOME": "/", "LANG": "C.UTF-8"},
                 cwd="/",
                 stdin=subprocess.PIPE,
@@ -229,8 +229,7 @@ def _launcher() -> str:
 
 def _pipe(stack: contextlib.ExitStack) -> tuple[IO[bytes], IO[bytes]]:
     reading, writing = os.pipe()
-    ends = stack.enter_context(open(reading, "rb", 0)), stack.enter_context(open(writing, "wb", 0))  # noqa: PTH123
-    return cast(tuple[IO[bytes], IO[bytes]], ends)
+    return stack.enter_context(os.fdopen(reading, "rb", 0)), stack.enter_context(os.fdopen(writing, "wb", 0))
 
 
 class _Talk:
@@ -303,13 +302,16 @@ def _write_some(stream: IO[bytes], waiting: memoryview) -> memoryview:
 
 def _result(talk: _Talk, code: int, limits: SandboxLimits, seconds: float) -> SandboxResult:
     data = b"".join(talk.report.parts)
+    if not data and code >= 0:
+        raise SandboxError(f"the sandbox failed (exit code {code}): {talk.stderr.text()[-2000:].strip()}")
     said: dict[str, Any] = marshal.loads(data) if data else {"notes": [], "end": "killed"}
     notes: list[tuple[str, str]] = said["notes"]
     told = dict(notes)
     if "lacks" in told:
         raise SandboxError(
             f"the sandbox cannot give what `require` asks for: {', '.join(told['lacks'].split())} "
-            f"({'; '.join(_all(notes, 'failed'))}). Allow user namespaces on this machine, or take it out of `require`"
+            f"({'; '.join(_all(notes, 'failed'))}). Allow unprivileged user namespaces on this machine or in its "
+            "container, or take it out of `require`"
         )
     if "error" in told:
         raise SandboxError(f"the sandbox cannot start {told['error']}")
@@ -323,7 +325,9 @@ def _result(talk: _Talk, code: int, limits: SandboxLimits, seconds: float) -> Sa
         limit, exit_code = "output", None
     elif said["end"] == "time":
         limit = "wall"
-    elif exit_code in (-signal.SIGXCPU, -signal.SIGKILL) and float(told["cpu"]) >= limits.cpu_s:
+    elif exit_code == -signal.SIGXCPU or (
+        exit_code == -signal.SIGKILL and float(told["cpu"]) >= limits.cpu_s
+    ):
         limit = "cpu"
     elif exit_code is None:
         # Something ended the launcher itself, as the kernel does when memory runs out.

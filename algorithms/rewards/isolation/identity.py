@@ -3,8 +3,6 @@
 import os
 import resource
 
-from algorithms.rewards.isolation import kernel
-
 # Inside of a user namespace. Not 0: the program is to have no capabilities.
 INSIDE = 1000
 _SIGKILL = 9
@@ -47,13 +45,6 @@ def _write(path: str, text: str) -> None:
         os.close(descriptor)
 
 
-def apart(flags: int) -> int:
-    """The user that files of the program belong to, as the first process of its namespaces sees it."""
-    if flags & kernel.CLONE_NEWUSER:
-        return INSIDE
-    return os.getuid()
-
-
 def become(user: int) -> None:
     """Give up root for `user` and the group of the same number. Raises OSError."""
     os.setgroups([])
@@ -73,7 +64,7 @@ def count_tasks(user: int) -> int:
     return total
 
 
-def kill_all_of(parent: int) -> None:
+def kill_children(parent: int) -> None:
     """Kill the children of `parent`, once; a child that is killed leaves its own to a subreaper.
 
     A process that starts others all the time gets a limit first, so that repeating this comes to an end.

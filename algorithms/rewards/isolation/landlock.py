@@ -7,7 +7,6 @@ that an old one (ABI 1, Linux 5.13) protects files and a new one also TCP, abstr
 import os
 import stat
 import struct
-from collections.abc import Iterable
 
 from algorithms.rewards.isolation.kernel import syscall
 
@@ -28,7 +27,7 @@ def landlock_abi() -> int:
     return syscall(_CREATE_RULESET, None, 0, _VERSION, what="landlock")
 
 
-def restrict(*, readable: Iterable[str], writable: Iterable[str]) -> int:
+def restrict(*, readable: list[str], writable: list[str]) -> int:
     """Leave this process only these paths and what is below; gives the ABI. Needs no_new_privs.
 
     Paths that do not exist are left out. Raises OSError.

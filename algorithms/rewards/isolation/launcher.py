@@ -12,9 +12,9 @@ import sys
 import time
 
 from algorithms.rewards.isolation import kernel
-from algorithms.rewards.isolation.identity import apart, become, count_tasks, kill_all_of, write_maps
+from algorithms.rewards.isolation.identity import count_tasks, kill_children, kill_user, write_maps
 from algorithms.rewards.isolation.kernel import prctl
-from algorithms.rewards.isolation.program import Task, note, protections, run_program
+from algorithms.rewards.isolation.program import Task, note, run_program
 from algorithms.rewards.isolation.root import build_root
 
 _SIGKILL = 9
@@ -104,7 +104,7 @@ def _make_namespaces(task: Task, flags: int, tell_ready: int, go: int) -> None:
 
 
 def _shares_count(flags: int) -> bool:
-    """Whether RLIMIT_NPROC counts what the user runs elsewhere: since Linux 5.14 a user namespace counts itself."""
+    """Whether RLIMIT_NPROC counts all that the user runs; since Linux 5.14 a user namespace has its own."""
     release = os.uname().release.split(".")
     new = (int(release[0]), int(release[1])) >= (5, 14)
     return os.getuid() != 0 and not (flags & kernel.CLONE_NEWUSER and new)
@@ -121,9 +121,7 @@ def _be_first(task: Task, flags: int, go: int) -> None:
     own_proc = False
     if flags & kernel.CLONE_NEWNS:
         try:
-            own_proc = build_root(
-                task.place, files=task.files, readable=task.readable, size=task.disk, owner=apart(flags)
-            )
+            own_proc = build_root(task.place, files=task.files, readable=task.readable, size=task.disk)
             mechanisms.append(_NAMES[kernel.CLONE_NEWNS])
         except OSError as error:
             note(task, "failed", f"mounts: {error}")

@@ -3,7 +3,7 @@
 import math
 import os
 import resource
-from collections.abc import Iterable
+import sys
 
 from algorithms.rewards.isolation import kernel
 from algorithms.rewards.isolation.identity import INSIDE, become, candidates
@@ -56,12 +56,13 @@ class Task:
 
 def note(task: Task, key: str, value: str) -> None:
     """Tell the launcher: `has` a mechanism, `failed` with a reason, `lacks` a protection that is required,
-    `error` before the program started, `user` of its own, `start`, `cpu` seconds, `exit` code (negative: a signal).
+    `error` before the program started, `user` of its own, `start`, `cpu` seconds, `exit` code (of a signal
+    negative).
     """
     os.write(task.channel, f"{key}\t{' '.join(value.split())}\n".encode())
 
 
-def protections(mechanisms: Iterable[str]) -> tuple[str, ...]:
+def protections(mechanisms: list[str] | tuple[str, ...]) -> tuple[str, ...]:
     """Which of filesystem, network, processes, syscalls the mechanisms give."""
     have = {"landlock" if each.startswith("landlock") else each for each in mechanisms}
     given = {
@@ -140,7 +141,7 @@ def _set_limits(task: Task, flags: int) -> None:
     # Those before the program, when it is counted together with them.
     processes = task.processes + task.others + (2 if os.getuid() != 0 and flags else 0)
     cpu_seconds = math.ceil(task.cpu_seconds)
-    for kind, soft, hard in (
+    for kind, wanted, ceiling in (
         (resource.RLIMIT_AS, task.memory, task.memory),
         # At the soft limit comes SIGXCPU, which says what it was; at the hard one SIGKILL.
         (resource.RLIMIT_CPU, cpu_seconds, cpu_seconds + 1),
@@ -150,9 +151,8 @@ def _set_limits(task: Task, flags: int) -> None:
         (resource.RLIMIT_CORE, 0, 0),
     ):
         most = resource.getrlimit(kind)[1]
-        if most != resource.RLIM_INFINITY:
-            soft, hard = min(soft, most), min(hard, most)
-        resource.setrlimit(kind, (soft, hard))
+        bound = sys.maxsize if most == resource.RLIM_INFINITY else most
+        resource.setrlimit(kind, (min(wanted, bound), min(ceiling, bound)))
 
 
 def _drop_capabilities() -> None:

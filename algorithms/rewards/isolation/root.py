@@ -14,12 +14,11 @@ _STREAMS = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": 
 _KEPT = ((4, 4), (8, 8), (1024, 1024), (2048, 2048), (4096, 1 << 21))
 
 
-def build_root(place: str, *, files: str, readable: list[str], size: int, owner: int) -> bool:
+def build_root(place: str, *, files: str, readable: list[str], size: int) -> bool:
     """Mount the new root on the folder `place` and enter it; needs a mount namespace of its own.
 
-    It has `readable` at the same paths, `files` copied to HOME, which belongs to `owner`, and room for `size`
-    bytes. Whether it has a /proc of its own is what comes back: a container may not allow one. Raises OSError,
-    with the old root still in place.
+    It has `readable` at the same paths, `files` copied to HOME, and room for `size` bytes. Whether it has a
+    /proc of its own is what comes back: a container may not allow one. Raises OSError, the old root in place.
     """
     mount(None, "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     mount("tmpfs", place, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, f"size={size},mode=755")
@@ -32,7 +31,7 @@ def build_root(place: str, *, files: str, readable: list[str], size: int, owner:
     os.mkdir(place + SHARED_MEMORY)
     os.chmod(place + SHARED_MEMORY, 0o1777)
     os.symlink(HOME, f"{place}/tmp")
-    _copy(files, place + HOME, owner)
+    _copy(files, place + HOME)
     own_proc = _mount_proc(f"{place}/proc")
     kernel.enter_root(place)
     return own_proc
@@ -68,15 +67,13 @@ def _mount_proc(path: str) -> bool:
     return True
 
 
-def _copy(source: str, target: str, owner: int) -> None:
+def _copy(source: str, target: str) -> None:
     os.mkdir(target)
     for entry in os.scandir(source):
         path = f"{target}/{entry.name}"
         if entry.is_dir():
-            _copy(entry.path, path, owner)
+            _copy(entry.path, path)
             continue
         with open(entry.path, "rb") as read, open(path, "wb") as written:
             written.write(read.read())
         os.chmod(path, entry.stat().st_mode & 0o777)
-        os.chown(path, owner, owner)
-    os.chown(target, owner, owner)

@@ -8,7 +8,6 @@ import ctypes
 import errno
 import os
 import struct
-from collections.abc import Iterable
 
 from algorithms.rewards.isolation.kernel import PR_SET_SECCOMP, prctl
 
@@ -65,26 +64,30 @@ def refuse_calls() -> None:
     prctl(PR_SET_SECCOMP, _FILTER, ctypes.addressof(header))
 
 
-def _program(architecture: int, clone: int, refused: Iterable[int]) -> Iterable[bytes]:
+def _program(architecture: int, clone: int, refused: tuple[int, ...]) -> list[bytes]:
     """Instructions; each jump says how many it skips if true, and if false."""
-    denied = _ERRNO | errno.EPERM
-    yield _instruction(_LOAD, _ARCHITECTURE)
-    yield _instruction(_EQUAL, architecture, 1, 0)
-    yield _instruction(_RETURN, _KILL)
-    yield _instruction(_LOAD, _NUMBER)
-    yield _instruction(_AT_LEAST, _X32, 0, 1)
-    yield _instruction(_RETURN, denied)
+    denied = _instruction(_RETURN, _ERRNO | errno.EPERM)
+    program = [
+        _instruction(_LOAD, _ARCHITECTURE),
+        _instruction(_EQUAL, architecture, 1, 0),
+        _instruction(_RETURN, _KILL),
+        _instruction(_LOAD, _NUMBER),
+        _instruction(_AT_LEAST, _X32, 0, 1),
+        denied,
+    ]
     for number in refused:
-        yield _instruction(_EQUAL, number, 0, 1)
-        yield _instruction(_RETURN, denied)
-    # Its flags lie in memory, out of a filter's sight; without it libc takes clone.
-    yield _instruction(_EQUAL, _CLONE3, 0, 1)
-    yield _instruction(_RETURN, _ERRNO | errno.ENOSYS)
-    yield _instruction(_EQUAL, clone, 0, 3)
-    yield _instruction(_LOAD, _FIRST)
-    yield _instruction(_ANY_BIT, _NEW_NAMESPACES, 0, 1)
-    yield _instruction(_RETURN, denied)
-    yield _instruction(_RETURN, _ALLOW)
+        program += [_instruction(_EQUAL, number, 0, 1), denied]
+    return [
+        *program,
+        # Its flags lie in memory, out of a filter's sight; without it libc takes clone.
+        _instruction(_EQUAL, _CLONE3, 0, 1),
+        _instruction(_RETURN, _ERRNO | errno.ENOSYS),
+        _instruction(_EQUAL, clone, 0, 3),
+        _instruction(_LOAD, _FIRST),
+        _instruction(_ANY_BIT, _NEW_NAMESPACES, 0, 1),
+        denied,
+        _instruction(_RETURN, _ALLOW),
+    ]
 
 
 def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:

@@ -1,0 +1,369 @@
+"""Programs that try to do what the sandbox is there to stop, on this kernel and with less than it has."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from algorithms.rewards.isolation.program import protections
+from algorithms.rewards.sandbox import (
+    PROTECTIONS,
+    SandboxError,
+    SandboxLimits,
+    interpreter,
+    run_sandboxed,
+    sandbox_support,
+)
+from configs.errors import ConfigError
+
+SECRET = "sk-a-secret-of-the-parent"
+
+# Tries all of it and prints, for each, what it got; `places.json` says where things are.
+ATTACKS = """
+import json, os, signal, socket, time
+places = json.load(open("places.json"))
+
+def attempt(action):
+    try:
+        return repr(action())
+    except OSError as error:
+        return type(error).__name__
+
+def environments():
+    found = ""
+    for process in [places["parent"], os.getppid(), *filter(str.isdigit, os.listdir("/proc"))]:
+        try:
+            found += open(f"/proc/{process}/environ").read()
+        except OSError:
+            continue
+    return found
+
+def write(path):
+    with open(path, "w") as file:
+        return file.write("x")
+
+def connect():
+    with socket.socket() as client:
+        client.settimeout(2)
+        return client.connect(("127.0.0.1", places["port"]))
+
+def bind():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        return server.sendto(b"x", ("127.0.0.1", places["port"]))
+
+def forks():
+    count = 0
+    while count < 60:
+        try:
+            if os.fork() == 0:
+                os.setsid()
+                os.nice(1)
+                time.sleep(600)
+                os._exit(0)
+        except OSError:
+            return count
+        count += 1
+        time.sleep(0.002)
+    return count
+
+print(json.dumps({
+    "environment": attempt(lambda: dict(os.environ)),
+    "environments": attempt(environments),
+    "readable file": attempt(lambda: open(places["readable"]).read()),
+    "private file": attempt(lambda: open(places["private"]).read()),
+    "write beside": attempt(lambda: write(places["target"])),
+    "write /usr": attempt(lambda: write("/usr/bascule-sandbox-test")),
+    "connect": attempt(connect),
+    "datagram": attempt(bind),
+    "signal": attempt(lambda: os.kill(places["parent"], signal.SIGTERM)),
+    "signal the one above": attempt(lambda: os.kill(os.getppid(), signal.SIGKILL)),
+    "new namespace": attempt(lambda: os.unshare(0x10000000)) if hasattr(os, "unshare") else "PermissionError",
+    "open descriptors": [fd for fd in range(3, 64) if attempt(lambda: os.fstat(fd)) != "OSError"],
+    "own files": attempt(lambda: (write("mine"), open("mine").read(), open("/dev/stdin").read())),
+    "forks": attempt(forks),
+}))
+"""
+
+# Runs the program on its standard input in the sandbox, after it has lost what the arguments say.
+WITH_LESS = """
+import json, os, sys
+from algorithms.rewards.isolation import kernel
+from algorithms.rewards.isolation.seccomp import refuse_calls
+from algorithms.rewards.sandbox import run_sandboxed
+if "nobody" in sys.argv:
+    os.setgroups([])
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+    # As it is for a program that this user has started.
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 1)
+if "no-namespaces" in sys.argv:
+    # What a container's own filter does.
+    kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+    refuse_calls()
+program, places = json.load(sys.stdin)
+places["parent"] = os.getpid()
+result = run_sandboxed(program, stdin="in", files={"places.json": json.dumps(places)})
+print(json.dumps([result.mechanisms, result.stdout, result.stderr]))
+"""
+
+
+def programs_left() -> list[str]:
+    found: list[str] = []
+    for process in (each.name for each in Path("/proc").iterdir() if each.name.isdigit()):
+        try:
+            command = Path("/proc", process, "cmdline").read_bytes().split(b"\0")
+            if command[-2:-1] == [b"main.py"] and "sandbox" in str(Path("/proc", process, "cwd").readlink()):
+                found.append(process)
+        except OSError:
+            continue
+    return found
+
+
+def places(folder: Path, port: int) -> dict[str, object]:
+    folder.chmod(0o755)
+    for name, mode in (("readable", 0o644), ("private", 0o600)):
+        (folder / name).write_text(SECRET)
+        (folder / name).chmod(mode)
+    target = folder / "target"
+    target.touch()
+    target.chmod(0o666)
+    return {
+        "port": port,
+        "parent": os.getpid(),
+        **{n: str(folder / n) for n in ("readable", "private", "target")},
+    }
+
+
+def check(told: dict[str, str], mechanisms: Sequence[str], folder: Path) -> None:
+    given = protections(mechanisms)
+    assert SECRET not in told["environment"]
+    assert told["open descriptors"] == []
+    assert told["own files"] == "(1, 'x', 'in')"
+    assert not Path("/usr/bascule-sandbox-test").exists()
+    if "filesystem" in given:
+        assert SECRET not in "".join(told[each] for each in ("environments", "readable file", "private file"))
+        assert told["write beside"].endswith("Error")
+        assert (folder / "target").read_text() == ""
+    if "network" in given:
+        assert told["connect"].endswith("Error")
+        assert told["datagram"].endswith("Error")
+    if "syscalls" in given:
+        assert told["new namespace"] == "PermissionError"
+    assert told["signal"] in ("PermissionError", "ProcessLookupError")
+    if "process limit" in mechanisms:
+        assert int(told["forks"]) <= 16
+    if "pid namespace" not in mechanisms:
+        # In a namespace the kernel ignores what would end the first process.
+        assert told["signal the one above"] == "PermissionError"
+
+
+@pytest.fixture
+def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    monkeypatch.setenv("BASCULE_TEST_SECRET", SECRET)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.05)
+        yield server
+
+
+def test_attacks(tmp_path: Path, listener: socket.socket) -> None:
+    files = {"places.json": json.dumps(places(tmp_path, listener.getsockname()[1]))}
+    result = run_sandboxed(ATTACKS, stdin="in", files=files)
+    assert (result.exit_code, result.stderr) == (0, "")
+    check(json.loads(result.stdout), sandbox_support().mechanisms, tmp_path)
+    if "network" in sandbox_support().protections:
+        with pytest.raises(TimeoutError):
+            listener.accept()
+    assert programs_left() == []
+
+
+SYSTEM_PYTHON = "/usr/bin/python3"
+
+
+@pytest.mark.parametrize(
+    ("python", "less"),
+    [
+        (sys.executable, ["no-namespaces"]),
+        (SYSTEM_PYTHON, ["no-namespaces"]),
+        (SYSTEM_PYTHON, ["nobody"]),
+        (SYSTEM_PYTHON, ["nobody", "no-namespaces"]),
+    ],
+)
+def test_attacks_where_less_is_allowed(
+    tmp_path: Path, listener: socket.socket, python: str, less: list[str]
+) -> None:
+    """As root and as a user, and where namespaces are forbidden: what is said to hold does."""
+    if python == SYSTEM_PYTHON:
+        version = "import sys; sys.exit(sys.version_info < (3, 11))"
+        if not Path(python).exists() or subprocess.run([python, "-c", version], check=False).returncode:
+            pytest.skip("no Python 3.11 or later that every user may start")
+        if os.geteuid() != 0:
+            pytest.skip("only root can become another user")
+        root = Path(__file__).parents[3]
+        if any(not each.stat().st_mode & 0o001 for each in root.parents):
+            pytest.skip("another user may not read this working tree")
+    ran = subprocess.run(
+        [python, "-c", WITH_LESS, *less],
+        input=json.dumps([ATTACKS, places(tmp_path, listener.getsockname()[1])]),
+        env={"PYTHONPATH": str(Path(__file__).parents[3]), "SECRET": SECRET, "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    mechanisms, stdout, stderr = json.loads(ran.stdout)
+    assert stderr == ""
+    check(json.loads(stdout), mechanisms, tmp_path)
+    if "no-namespaces" in less:
+        assert not [each for each in mechanisms if each.endswith("namespace")]
+    if python == SYSTEM_PYTHON:
+        # Root has become a user of its own.
+        assert "process limit" in mechanisms
+    assert programs_left() == []
+
+
+def test_what_is_left_running_is_ended() -> None:
+    """A daemon of its own session, whose parent has ended, holds no pipe open either."""
+    program = (
+        "import os, time\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid()\n"
+        "    if os.fork() == 0:\n"
+        "        time.sleep(600)\n"
+        "    os._exit(0)\n"
+        "time.sleep(0.2)\n"
+        "print('over')\n"
+    )
+    result = run_sandboxed(program)
+    assert (result.exit_code, result.stdout) == (0, "over\n")
+    assert result.seconds < 8
+    assert programs_left() == []
+
+
+def test_limits() -> None:
+    slow = run_sandboxed(
+        "import time; print(1, flush=True); time.sleep(600)", limits=SandboxLimits(wall_s=0.5)
+    )
+    assert (slow.exit_code, slow.limit, slow.timed_out, slow.stdout) == (None, "wall", True, "1\n")
+    busy = run_sandboxed("while True: pass", limits=SandboxLimits(cpu_s=1, wall_s=60))
+    assert (busy.limit, busy.timed_out) == ("cpu", True)
+    ignoring = "import signal; signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
+    assert run_sandboxed(ignoring, limits=SandboxLimits(cpu_s=1, wall_s=60)).limit == "cpu"
+    large = run_sandboxed("x = bytearray(4 << 30)")
+    assert (large.exit_code, large.limit) == (1, None)
+    assert "MemoryError" in large.stderr
+    file = run_sandboxed("f = open('f', 'wb')\nfor _ in range(64): f.write(bytes(1 << 20)); f.flush()")
+    assert "[Errno 27] File too large" in file.stderr
+    many = run_sandboxed("for n in range(64):\n    with open(f'{n}', 'wb') as f: f.write(bytes(8 << 20))")
+    if "mount namespace" in many.mechanisms:
+        assert "[Errno 28] No space left" in many.stderr
+    descriptors = run_sandboxed("fs = [open('/dev/null') for _ in range(100)]")
+    assert "[Errno 24] Too many open files" in descriptors.stderr
+    assert programs_left() == []
+
+
+def test_output_for_ever_is_cut_and_ended() -> None:
+    for stream in ("stdout", "stderr"):
+        result = run_sandboxed(
+            f"import sys\nwhile True: sys.{stream}.write('x' * 10_000)",
+            limits=SandboxLimits(output_bytes=100_000, wall_s=60),
+        )
+        assert (result.limit, result.exit_code, result.timed_out) == ("output", None, False)
+        assert (len(result.stdout), len(result.stderr)) == (
+            (100_000, 0) if stream == "stdout" else (0, 100_000)
+        )
+
+
+def test_programs_get_files_and_input() -> None:
+    text = "x" * 3_000_000
+    program = "import sys, part.helper; print(part.helper.N, len(sys.stdin.read())); sys.exit(3)"
+    result = run_sandboxed(program, stdin=text, files={"part/helper.py": "N = 7"})
+    assert (result.exit_code, result.stdout) == (3, "7 3000000\n")
+    # Nobody reads: the rest of the input is dropped.
+    assert run_sandboxed("pass", stdin=text).exit_code == 0
+    assert run_sandboxed(["/bin/sh", "-c", "cat; kill -SEGV $$"], stdin=b"\xff").stdout == "\ufffd"
+    assert run_sandboxed(["/bin/sh", "-c", "kill -SEGV $$"]).exit_code == -11
+    assert "SyntaxError" in run_sandboxed("(").stderr
+    assert run_sandboxed("print('\ud800')").exit_code in (0, 1)
+    assert run_sandboxed("import numpy").stderr.endswith("No module named 'numpy'\n")
+
+
+def test_further_paths_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "table").write_text("7")
+    program = f"print(open({str(tmp_path / 'table')!r}).read())"
+    assert run_sandboxed(program, readable=[str(tmp_path)]).stdout == "7\n"
+
+
+def test_the_folder_is_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run_sandboxed("import os; os.mkdir('d'); open('d/f', 'w').close(); os.chmod('d', 0)")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_from_threads_at_once() -> None:
+    seen: list[str] = []
+    threads = [
+        threading.Thread(target=lambda n=n: seen.append(run_sandboxed(f"print({n})").stdout))
+        for n in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(seen) == [f"{n}\n" for n in range(6)]
+
+
+def test_it_ends_with_its_parent() -> None:
+    code = (
+        "from algorithms.rewards.sandbox import run_sandboxed, SandboxLimits\n"
+        "run_sandboxed('import time; time.sleep(600)', limits=SandboxLimits(wall_s=600))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[3]) as parent:
+        deadline = time.monotonic() + 30
+        while not programs_left() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert programs_left()
+        parent.kill()
+    deadline = time.monotonic() + 10
+    while programs_left() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert programs_left() == []
+
+
+def test_what_is_required() -> None:
+    given = sandbox_support().protections
+    assert run_sandboxed("print(1)", require=given).stdout == "1\n"
+    with pytest.raises(ConfigError, match="no protection 'files'; there is filesystem, network, processes"):
+        run_sandboxed("", require=["files"])
+    code = (
+        f"{WITH_LESS.partition('program, places')[0]}\nfrom algorithms.rewards.sandbox import SandboxError\n"
+        "try: run_sandboxed('print(1)', require=['filesystem', 'processes'])\n"
+        "except SandboxError as error: print(error)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, "no-namespaces"],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout.startswith("the sandbox cannot give what `require` asks for: ")
+    assert "processes" in ran.stdout
+    assert "unshare: Operation not permitted" in ran.stdout
+    assert set(given) <= set(PROTECTIONS)
+
+
+def test_what_cannot_be_run() -> None:
+    with pytest.raises(SandboxError, match="cannot start no-such-command: No such file"):
+        run_sandboxed(["no-such-command"])
+    for name in ("/etc/x", "../x", "", "a\0b"):
+        with pytest.raises(ConfigError, match="files inside of its folder"):
+            run_sandboxed("", files={name: ""})
+    assert Path(interpreter()).is_absolute()
