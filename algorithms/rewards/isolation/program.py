@@ -50,7 +50,7 @@ class Task:
         self.file_size, self.disk, self.open_files, self.processes = file_size, disk, open_files, processes
         self.control, self.report = control, report
         self.channel = -1
-        self.launcher = os.getpid()
+        self.launcher, self.user = os.getpid(), os.getuid()
         self.others = 0
 
 
@@ -83,7 +83,7 @@ def run_program(task: Task, mechanisms: list[str], flags: int, *, own_proc: bool
         os.chdir(home)
         if os.getuid() != 0 or _take_identity(task, flags, home, mounted):
             mechanisms.append("process limit")
-        _set_limits(task, flags)
+        _set_limits(task)
         prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
         _drop_capabilities()
         mechanisms += _restrict(task, home, mounted=mounted, own_proc=own_proc)
@@ -137,9 +137,9 @@ def _open_to_all(path: str) -> bool:
     return True
 
 
-def _set_limits(task: Task, flags: int) -> None:
+def _set_limits(task: Task) -> None:
     # Those before the program, when it is counted together with them.
-    processes = task.processes + task.others + (2 if os.getuid() != 0 and flags else 0)
+    processes = task.processes + task.others + (2 if task.user != 0 else 0)
     cpu_seconds = math.ceil(task.cpu_seconds)
     for kind, wanted, ceiling in (
         (resource.RLIMIT_AS, task.memory, task.memory),
