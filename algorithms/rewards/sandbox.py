@@ -159,7 +159,8 @@ def run_sandboxed(
             "open_files": limits.open_files,
             "processes": limits.processes,
         }
-        return _launch(task, stdin.encode() if isinstance(stdin, str) else stdin, limits)
+        given = stdin.encode(errors="replace") if isinstance(stdin, str) else stdin
+        return _launch(task, given, limits)
 
 
 @functools.lru_cache(maxsize=1)
