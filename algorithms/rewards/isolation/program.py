@@ -173,7 +173,7 @@ def _restrict(task: Task, home: str, *, mounted: bool, own_proc: bool) -> list[s
     except OSError as error:
         note(task, "failed", str(error))
     try:
-        refuse_calls()
+        refuse_calls(also_attributes=not mounted)
         done.append("seccomp")
     except OSError as error:
         note(task, "failed", str(error))

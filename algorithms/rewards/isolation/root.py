@@ -9,6 +9,8 @@ HOME = "/sandbox"
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 # Without it, multiprocessing has no locks.
 SHARED_MEMORY = "/dev/shm"
+# Empty ones take memory as well.
+_MOST_FILES = 16_384
 _STREAMS = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2"}
 # statvfs flags that a mount of another owner keeps, and the same in mount(2).
 _KEPT = ((4, 4), (8, 8), (1024, 1024), (2048, 2048), (4096, 1 << 21))
@@ -21,7 +23,13 @@ def build_root(place: str, *, files: str, readable: list[str], size: int) -> boo
     /proc of its own is what comes back: a container may not allow one. Raises OSError, the old root in place.
     """
     mount(None, "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
-    mount("tmpfs", place, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, f"size={size},mode=755")
+    mount(
+        "tmpfs",
+        place,
+        "tmpfs",
+        kernel.MS_NOSUID | kernel.MS_NODEV,
+        f"size={size},nr_inodes={_MOST_FILES},mode=755",
+    )
     for path in readable:
         _show(path, place)
     for device in DEVICES:

@@ -49,14 +49,24 @@ _MACHINES = {
     "x86_64": (0xC000003E, 56, (*_X86_64, *_SAME_EVERYWHERE)),
     "aarch64": (0xC00000B7, 220, (*_AARCH64, *_SAME_EVERYWHERE)),
 }
+# Changes of modes, owners, times and extended attributes by path, which Landlock lets pass.
+_ATTRIBUTES = {
+    "x86_64": (90, 268, 92, 94, 260, 132, 235, 261, 280, 188, 189, 197, 198, 452, 463, 466),
+    "aarch64": (53, 54, 88, 5, 6, 14, 15, 452, 463, 466),
+}
 
 
-def refuse_calls() -> None:
-    """Put the filter on this process and all that it starts. Needs no_new_privs. Raises OSError."""
+def refuse_calls(*, also_attributes: bool = False) -> None:
+    """Put the filter on this process and all that it starts. Needs no_new_privs. Raises OSError.
+
+    With `also_attributes` nobody's files change mode, owner, times or extended attributes by path.
+    """
     machine = os.uname().machine
     if machine not in _MACHINES:
         raise OSError(errno.ENOSYS, f"seccomp: no list of system calls for {machine}")
     architecture, clone, refused = _MACHINES[machine]
+    if also_attributes:
+        refused = (*refused, *_ATTRIBUTES[machine])
     program = b"".join(_program(architecture, clone, refused))
     # struct sock_fprog: a length, and after padding a pointer.
     code = ctypes.create_string_buffer(program, len(program))

@@ -217,7 +217,7 @@ def test_json_schema() -> None:
 
 
 def test_a_schema_elsewhere_is_not_fetched() -> None:
-    with pytest.raises(ValueError, match="refers to what is not in it: .*127"):
+    with pytest.raises(ValueError, match=r"refers to what is not in it: .*127"):
         json_schema("1", {"$ref": "http://127.0.0.1:9/schema"})
     assert json_schema("1", {"$ref": "#/$defs/a", "$defs": {"a": {"type": "integer"}}}) == 1.0
 

@@ -79,6 +79,7 @@ print(json.dumps({
     "readable file": attempt(lambda: open(places["readable"]).read()),
     "private file": attempt(lambda: open(places["private"]).read()),
     "write beside": attempt(lambda: write(places["target"])),
+    "chmod": attempt(lambda: os.chmod(places["target"], 0o600)),
     "write /usr": attempt(lambda: write("/usr/bascule-sandbox-test")),
     "connect": attempt(connect),
     "datagram": attempt(bind),
@@ -150,6 +151,7 @@ def check(told: dict[str, str], mechanisms: Sequence[str], folder: Path) -> None
     if "filesystem" in given:
         assert SECRET not in "".join(told[each] for each in ("environments", "readable file", "private file"))
         assert told["write beside"].endswith("Error")
+        assert told["chmod"].endswith("Error")
         assert (folder / "target").read_text() == ""
     if "network" in given:
         assert told["connect"].endswith("Error")
@@ -172,12 +174,35 @@ def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
         yield server
 
 
-def test_attacks(tmp_path: Path, listener: socket.socket) -> None:
+# In the launcher: all there is, no user namespaces (root only), no mounts in them.
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        ("pass", ()),
+        ("launcher._NAMESPACES = launcher._NAMESPACES[1:]", ("user namespace",)),
+        ("launcher.build_root = lambda *_, **__: launcher.os.stat('/gone')", ("mount namespace",)),
+    ],
+)
+def test_attacks(
+    tmp_path: Path,
+    listener: socket.socket,
+    change: str,
+    lost: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = [
+        "import sys",
+        "sys.path.insert(0, {root!r})",
+        "from algorithms.rewards.isolation import launcher",
+    ]
+    monkeypatch.setattr("algorithms.rewards.sandbox._LAUNCH", "\n".join([*lines, change, "launcher.main()"]))
     files = {"places.json": json.dumps(places(tmp_path, listener.getsockname()[1]))}
     result = run_sandboxed(ATTACKS, stdin="in", files=files)
     assert (result.exit_code, result.stderr) == (0, "")
-    check(json.loads(result.stdout), sandbox_support().mechanisms, tmp_path)
-    if "network" in sandbox_support().protections:
+    check(json.loads(result.stdout), result.mechanisms, tmp_path)
+    if lost != ("user namespace",) or os.geteuid() == 0:
+        assert {*result.mechanisms} >= {*sandbox_support().mechanisms} - {*lost, "process limit"}
+    if "network" in protections(result.mechanisms):
         with pytest.raises(TimeoutError):
             listener.accept()
     assert programs_left() == []
