@@ -49,7 +49,23 @@ def main() -> None:
     end = _wait(task, reading, notes)
     left = not _end_all(first, notes)
     os.close(lifeline)
+    if end == "stopped":
+        # The process that made the folder may be gone.
+        _remove(os.path.dirname(task.place))
     os.write(task.report, marshal.dumps({"notes": notes, "end": end, "left": left}))
+
+
+def _remove(folder: str) -> None:
+    try:
+        for entry in os.scandir(folder):
+            if entry.is_dir(follow_symlinks=False):
+                _remove(entry.path)
+            else:
+                os.unlink(entry.path)
+        os.rmdir(folder)
+    except OSError:
+        # Its maker removes it, or it was made so that this user cannot.
+        pass
 
 
 def _start(task: Task, notes: list[tuple[str, str]]) -> tuple[int, int]:
