@@ -9,6 +9,7 @@ from typing import Any, cast
 from algorithms.rewards.builtin.structure import last_block
 from algorithms.rewards.sandbox import SandboxLimits, run_sandboxed
 
+_WALL_PER_CPU = 3.0
 # Reads its secret and lets go of the input before the program runs; a program that ends early has not said it.
 _HARNESS = """
 import sys
@@ -40,8 +41,9 @@ def code_tests(
 
     A test is {stdin, stdout}, where blanks at the ends of lines and empty lines at the end do not count, or text
     with assert statements, which run where the block has run. The column may hold the list as JSON. Each test
-    is a process of its own (algorithms.rewards.sandbox) of at most `timeout_s` by the clock; after `total_s`
-    those that have not run have failed. `require` is the sandbox's. None without tests. Raises ValueError for
+    is a process of its own (algorithms.rewards.sandbox) of at most `timeout_s` of processor time, rounded up to
+    whole seconds, and three times as much by the clock; after `total_s` by the clock those that have not run
+    have failed. `require` is the sandbox's. None without tests. Raises ValueError for
     tests of another form, SandboxError.
     """
     cases = _cases(tests)
@@ -55,7 +57,8 @@ def code_tests(
         left_s = end - time.monotonic()
         if left_s <= 0:
             break
-        wall_s = min(timeout_s, left_s)
+        # On a busy machine the clock says little about a program; one that sleeps has to end all the same.
+        wall_s = min(_WALL_PER_CPU * timeout_s, left_s)
         limits = SandboxLimits(wall_s=wall_s, cpu_s=timeout_s, memory_bytes=memory_mb << 20)
         ok = _passes(program, case, limits, require)
         if all_or_nothing and not ok:

@@ -230,6 +230,8 @@ def test_last_block() -> None:
     assert last_block("none") is None
 
 
+# A start takes seconds when all tests run.
+PATIENT: dict[str, Any] = {"timeout_s": 20.0, "total_s": 100.0}
 ADD = "```python\ndef add(a, b):\n    return a + b\n```"
 ECHO = "Try\n```python\nprint(1 / 0)\n```\nBetter:\n```python\nprint(int(input()) + 1)\n```\n"
 
@@ -240,10 +242,10 @@ def test_code_tests() -> None:
         {"stdin": "4", "stdout": "5 \n\n"},
         {"stdin": "x", "stdout": ""},
     ]
-    assert code_tests(ECHO, cases) == pytest.approx(2 / 3)
-    assert [code_tests(ECHO, cases[:n], all_or_nothing=True) for n in (2, 3)] == [1.0, 0.0]
-    assert code_tests(ADD, ["assert add(1, 2) == 3", "assert add(1, 2) == 4"]) == 0.5
-    assert code_tests(ADD, '["x = add(1, 1)\\nassert x == 2"]') == 1.0
+    assert code_tests(ECHO, cases, **PATIENT) == pytest.approx(2 / 3)
+    assert [code_tests(ECHO, cases[:n], all_or_nothing=True, **PATIENT) for n in (2, 3)] == [1.0, 0.0]
+    assert code_tests(ADD, ["assert add(1, 2) == 3", "assert add(1, 2) == 4"], **PATIENT) == 0.5
+    assert code_tests(ADD, '["x = add(1, 1)\\nassert x == 2"]', **PATIENT) == 1.0
     assert code_tests(ADD, []) is None
     assert code_tests("add = sum", ["assert True"]) == 0.0
 
@@ -267,7 +269,7 @@ def test_code_tests_stop_when_their_time_is_over() -> None:
     start = time.monotonic()
     cases = [{"stdin": "", "stdout": ""}] * 50
     assert code_tests("```python\nwhile True: pass\n```", cases, timeout_s=0.6, total_s=1.0) == 0.0
-    assert time.monotonic() - start < 12
+    assert time.monotonic() - start < 30
 
 
 def test_code_tests_that_cannot_run() -> None:
@@ -275,7 +277,7 @@ def test_code_tests_that_cannot_run() -> None:
         with pytest.raises(ValueError, match="code_tests: "):
             code_tests(ADD, tests)
     given = sandbox_support().protections
-    assert code_tests(ADD, ["assert add"], require=given) == 1.0
+    assert code_tests(ADD, ["assert add"], require=given, **PATIENT) == 1.0
     lacking = [each for each in ("filesystem", "network", "processes", "syscalls") if each not in given]
     if lacking:
         with pytest.raises(SandboxError, match="cannot give what `require` asks for"):
