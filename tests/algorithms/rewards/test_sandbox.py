@@ -21,7 +21,6 @@ from algorithms.rewards.sandbox import (
     SandboxError,
     SandboxLimits,
     SandboxResult,
-    interpreter,
     run_sandboxed,
     sandbox_support,
 )
@@ -79,7 +78,6 @@ def forks():
         except OSError:
             return count
         count += 1
-        time.sleep(0.002)
     return count
 
 print(json.dumps({
@@ -318,7 +316,7 @@ def test_output_for_ever_is_cut_and_ended() -> None:
         )
 
 
-def test_programs_get_files_and_input() -> None:
+def test_programs_get_files_and_input(tmp_path: Path) -> None:
     text = "x" * 3_000_000
     program = "import sys, part.helper; print(part.helper.N, len(sys.stdin.read())); sys.exit(3)"
     result = run(program, stdin=text, files={"part/helper.py": "N = 7"})
@@ -330,12 +328,9 @@ def test_programs_get_files_and_input() -> None:
     assert "SyntaxError" in run("(").stderr
     assert run("print('\ud800')").exit_code in (0, 1)
     assert run("import numpy").stderr.endswith("No module named 'numpy'\n")
-
-
-def test_further_paths_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "table").write_text("7")
-    program = f"print(open({str(tmp_path / 'table')!r}).read())"
-    assert run(program, readable=[str(tmp_path)]).stdout == "7\n"
+    reading = f"print(open({str(tmp_path / 'table')!r}).read())"
+    assert run(reading, readable=[str(tmp_path)]).stdout == "7\n"
 
 
 def test_the_folder_is_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -401,4 +396,3 @@ def test_what_cannot_be_run() -> None:
     for name in ("/etc/x", "../x", "", "a\0b"):
         with pytest.raises(ConfigError, match="files inside of its folder"):
             run("", files={name: ""})
-    assert Path(interpreter()).is_absolute()
