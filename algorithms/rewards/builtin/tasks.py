@@ -1,4 +1,4 @@
-"""A few plain reward functions. A user's own look the same: arguments are filled in by name."""
+"""The reward of reasoning-gym's tasks."""
 
 import functools
 import importlib
@@ -7,11 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
-
-
-def exact_match(completion: str, answer: object) -> float:
-    """1 if the completion is the answer, white space around both aside, else 0."""
-    return float(completion.strip() == str(answer).strip())
 
 
 def reasoning_gym(
@@ -35,20 +30,10 @@ def reasoning_gym(
     return float(score(text, entry))
 
 
-def format_match(completion: str, pattern: str) -> float:
-    """1 if the regular expression `pattern` matches the whole completion, else 0."""
-    return float(re.fullmatch(pattern, completion) is not None)
-
-
 def last_number(text: str) -> str | None:
     """The last number in `text`, without commas, or None."""
     numbers = _NUMBER.findall(text)
     return numbers[-1].replace(",", "").removeprefix("+") if numbers else None
-
-
-def functions() -> dict[str, Callable[..., object]]:
-    """The built-in rewards by name."""
-    return {"exact_match": exact_match, "reasoning_gym": reasoning_gym, "format_match": format_match}
 
 
 # Some tasks read word lists when they are made, which takes longer than scoring.
