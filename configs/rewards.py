@@ -27,6 +27,9 @@ class RewardConfig(Section):
     on_error: OnError = "fail"
     """What a call that raises, hangs or gives no number counts as, after the first ones: the end of the run, no
     value, zero, or a completion or a whole group that is not trained on."""
+    on_timeout: OnError | None = None
+    """The same for a call that did not end in time, the first ones included; by default as on_error, and zero for
+    the built-ins that compute what a model wrote, `math_boxed` and `cosine`, which a power tower never ends."""
     max_concurrency: int = Field(default=32, ge=1)
     """Calls of an async function, or requests to a server, at one time in one worker."""
     completions_as: Literal["auto", "text", "messages"] = "auto"
@@ -48,6 +51,13 @@ class RewardConfig(Section):
     def spelled_as(self, kind: str) -> str | None:
         """What is given as `function`, `url` or `model`."""
         return {"function": self.function, "url": self.url, "model": self.model}[kind]
+
+    @property
+    def when_late(self) -> OnError:
+        """What a call that did not end in time counts as."""
+        if self.on_timeout is not None:
+            return self.on_timeout
+        return "zero" if self.function in ("math_boxed", "cosine") else self.on_error
 
     @property
     def spelled(self) -> str:

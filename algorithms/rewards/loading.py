@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
-from algorithms.rewards.builtin import functions
+from algorithms.rewards import builtin
 from algorithms.rewards.model import RewardModel
 from algorithms.rewards.remote import RewardServer
 from algorithms.rewards.signature import Signature, read_signature
@@ -185,11 +185,10 @@ def _make_object(
 
 def preload(reward: Reward) -> None:
     """What would count as time of the first call: weights of a model, libraries of a built-in."""
-    config = reward.config
     if isinstance(reward.function, RewardModel):
         reward.function.load()
-    elif config.function == "reasoning_gym":
-        importlib.import_module("reasoning_gym")
+    elif reward.config.function is not None:
+        builtin.preload(reward.config.function)
 
 
 def error_line(error: BaseException, path: str | None) -> str:
@@ -289,7 +288,7 @@ def _find(module: ModuleType, source: RewardSource) -> object:
 
 
 def _find_builtin(source: RewardSource) -> object:
-    known = functions()
+    known = builtin.functions()
     if source.function not in known:
         raise ConfigError(
             f"reward {source.function} is not built in{_others(source, known)}; a function of your own is "

@@ -8,7 +8,7 @@ import numpy as np
 
 from algorithms.data import FloatRow, Group, Scored, Verdict, float_row
 from algorithms.rewards.calling import RewardError
-from configs.rewards import RewardConfig, RewardWorkersConfig
+from configs.rewards import OnError, RewardConfig, RewardWorkersConfig
 
 
 class Settler:
@@ -39,13 +39,15 @@ class Settler:
         for name, config in self._rewards.items():
             said = verdicts[name]
             self._count(name, config, said)
-            failed = np.array([verdict.error is not None for verdict in said])
-            fallback = 0.0 if config.on_error == "zero" else None
-            parts[name] = tuple(fallback if each.error is not None else each.value for each in said)
-            if config.on_error == "drop_sample":
-                dropped |= failed
-            if config.on_error == "drop_group" and failed.any():
-                dropped[:] = True
+            parts[name] = tuple(_value(config, verdict) for verdict in said)
+            for index, verdict in enumerate(said):
+                match _rule(config, verdict):
+                    case "drop_sample":
+                        dropped[index] = True
+                    case "drop_group":
+                        dropped[:] = True
+                    case _:
+                        pass
         sums = np.where(dropped, np.nan, self._sums(parts, size))
         return Scored(
             group=group,
@@ -62,11 +64,17 @@ class Settler:
         for verdict in said:
             self._calls[name] += 1
             window.append(verdict.error is not None)
-            if verdict.error is not None and config.on_error == "fail":
+            rule = _rule(config, verdict)
+            if verdict.error is not None and rule == "fail":
                 raise RewardError(verdict.error)
-            if verdict.error is not None and self._calls[name] <= settings.loud_calls:
+            # What a model writes may take long; what fails at once is mostly wrong itself.
+            if (
+                verdict.error is not None
+                and not verdict.timed_out
+                and self._calls[name] <= settings.loud_calls
+            ):
                 raise RewardError(
-                    f"{verdict.error}; on_error {config.on_error} holds after the first "
+                    f"{verdict.error}; on_error {rule} holds after the first "
                     f"{settings.loud_calls} calls of a reward (reward_workers.loud_calls)"
                 )
             ratio = sum(window) / len(window)
@@ -100,3 +108,14 @@ class Settler:
                         )
                     row[span.start : span.end] += config.weight * span.value
         return tuple(float_row(row) for row in rows)
+
+
+def _rule(config: RewardConfig, verdict: Verdict) -> OnError | None:
+    """What a call that failed counts as; None for one that did not."""
+    if verdict.error is None:
+        return None
+    return config.when_late if verdict.timed_out else config.on_error
+
+
+def _value(config: RewardConfig, verdict: Verdict) -> float | None:
+    return 0.0 if _rule(config, verdict) == "zero" else verdict.value

@@ -67,6 +67,21 @@ def test_failures_that_end_the_run() -> None:
     assert settle("zero", Verdict(value=1.0), BAD, loud_calls=1).parts["f"] == (1.0, 0.0)
 
 
+def test_a_late_call_has_a_rule_of_its_own() -> None:
+    late = Verdict(error="reward f: no answer", timed_out=True)
+
+    def rewards(verdict: Verdict, function: str = "f", **options: Any) -> list[float]:
+        settler = Settler({"f": RewardConfig(function=function, **options)}, RewardWorkersConfig())
+        return settler.settle(group("a"), {"f": [verdict]}).rewards.tolist()
+
+    # Not among the calls that fail loudly.
+    assert rewards(late, on_timeout="zero") == [0.0]
+    assert rewards(late, function="math_boxed") == [0.0]
+    for verdict, options in ((late, {}), (BAD, {"on_timeout": "zero"}), (late, {"on_timeout": "fail"})):
+        with pytest.raises(RewardError):
+            rewards(verdict, **options)
+
+
 def test_too_many_failures_end_the_run() -> None:
     settings = RewardWorkersConfig(loud_calls=0, error_window=10, max_error_ratio=0.2)
     settler = Settler({"f": RewardConfig(function="f", on_error="none")}, settings)
