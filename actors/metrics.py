@@ -57,6 +57,8 @@ class RunRecorder:
         self._last = 0
         self.rows: list[dict[str, float]] = []
         self.evaluations: list[dict[str, float]] = []
+        self.swapped = False
+        """Whether rewards were replaced, so that evaluations before and after measure different things."""
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics and one console line."""
@@ -100,6 +102,7 @@ class RunRecorder:
 
     def event(self, step: int | None, kind: str, text: str, **details: object) -> None:
         """Write what happened; a step of None is the one under way. Works before and after the `with` as well."""
+        self.swapped |= kind == "reward" and not details.get("refused", False)
         self._log.write(self._last + 1 if step is None else step, kind, text, **finite_or_none(details))
 
     def _write(self, row: Mapping[str, float]) -> None:

@@ -176,6 +176,8 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
             raise
         curve = directory / "curve.png"
         plot_curve(recorder, curve)
+    if recorder.swapped:
+        console.line("rewards were replaced meanwhile: accuracies may be of different ones, see events.jsonl")
     result: dict[str, Any] = {
         "checkpoint": str(directory / "checkpoint"),
         "curve": str(curve),

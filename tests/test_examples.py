@@ -1,5 +1,6 @@
 """What the repository shows to a user works: its configs, its example rewards, the commands in its README."""
 
+import asyncio
 import os
 import re
 import shlex
@@ -11,11 +12,12 @@ import pytest
 import torch
 import yaml
 
+from actors.reward_command import parse_reward
 from actors.tiny_model import build_tiny_model, write_arithmetic
-from algorithms.data import Group, Prompt, Rollout, float_row, int_row
+from algorithms.data import Group, Prompt, Rollout, Span, float_row, int_row
 from algorithms.rewards.calling import calls_of
-from algorithms.rewards.child import call_now
-from algorithms.rewards.loading import load_rewards
+from algorithms.rewards.child import call_async, call_now
+from algorithms.rewards.loading import load_reward, load_rewards
 from configs.export import ExportConfig, InferConfig
 from configs.load import load_config, load_settings
 from configs.plan import PlanConfig
@@ -47,8 +49,13 @@ def test_commands_of_the_readme_name_real_commands_and_options() -> None:
     schemas = {"export": ExportConfig, "infer": InferConfig, "plan": PlanConfig}
     for command in commands:
         words = shlex.split(command)
-        if "--help" in words or words[0] == "make-model":
+        if "--help" in words or words[0] in ("make-model", "view") or words[:2] == ["reward", "reload"]:
             continue
+        if words[:2] == ["reward", "score"]:
+            load_reward(parse_reward(words[words.index("--reward") + 1], "--reward"))
+            continue
+        if words[0] == "reward":
+            words = ["plan", *words[2:]]
         if "--config" not in words:
             load_settings(schemas[words[0]], None, words[1:])
             continue
@@ -87,9 +94,8 @@ def test_the_python_lines_of_the_readme_load_export_and_save(tmp_path: Path) -> 
 
 def test_the_example_rewards_score_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    rewards = load_rewards(
-        [RewardConfig(function=f"examples/my_rewards.py:{name}") for name in ("accuracy", "brief")]
-    )
+    names = ("accuracy", "brief", "graded", "first_token", "longest", "novelty")
+    rewards = load_rewards([RewardConfig(function=f"examples/my_rewards.py:{name}") for name in names])
     rollouts = tuple(
         Rollout(
             tokens=int_row([1] * length),
@@ -103,15 +109,26 @@ def test_the_example_rewards_score_a_group(monkeypatch: pytest.MonkeyPatch) -> N
     )
     prompt = Prompt(id="p", tokens=int_row([1]), messages=(), columns={"prompt": "5+7=", "answer": "12"})
     group = Group(prompt=prompt, rollouts=rollouts)
-    values = {
+    verdicts = {
         reward.name: [
-            verdict.value
-            for call in calls_of(reward, group, range(3))
-            for verdict in call_now(reward, group, call)
+            verdict for call in calls_of(reward, group, range(3)) for verdict in call_now(reward, group, call)
         ]
         for reward in rewards
     }
-    assert values == {"accuracy": [1.0, 0.0, 1.0], "brief": [0.25, 0.5, None]}
+    values = {name: [verdict.value for verdict in found] for name, found in verdicts.items()}
+    assert values == {
+        "accuracy": [1.0, 0.0, 1.0],
+        "brief": [0.25, 0.5, None],
+        "graded": [1.1, 0.1, 1.1],
+        "first_token": [None, None, None],
+        "longest": [1.0, 0.0, 0.0],
+        "novelty": [1.0, 1.0, 1.0],
+    }
+    assert verdicts["graded"][1].parts == {"right": 0.0, "digits": 1.0}
+    assert verdicts["first_token"][0].spans == (Span(start=0, end=1, value=-0.1),)
+    judged = load_reward(RewardConfig(function="examples/my_rewards.py:judged"))
+    (first, *_) = calls_of(judged, group, range(3))
+    assert [each.value for each in asyncio.run(call_async(judged, group, first))] == [1.0]
 
 
 def test_the_demo_configs_fit_the_tiny_model(

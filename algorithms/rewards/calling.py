@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from algorithms.data import Group, Span, Verdict
+from algorithms.data import Group, Prompt, Span, Verdict
 from algorithms.rewards.loading import Reward, error_line
 from configs.errors import BasculeError
 
@@ -98,7 +98,7 @@ class Prepared:
         return {
             **{name: [value] * count for name, value in columns.items()},
             "completions": replies if takes_messages(self._reward, columns) else texts,
-            "prompts": [messages if talks else columns.get("prompt", messages[-1]["content"])] * count,
+            "prompts": [messages if talks else prompt_text(prompt)] * count,
             "messages": histories,
             "completion_ids": tokens,
             "response_token_ids": tokens,
@@ -186,13 +186,18 @@ def _sequence(value: object) -> Sequence[Any] | None:
     return cast(Sequence[Any], value) if isinstance(value, list | tuple) else None
 
 
+def prompt_text(prompt: Prompt) -> Any:
+    """The column `prompt`, or what the last message says."""
+    return prompt.columns["prompt"] if "prompt" in prompt.columns else prompt.messages[-1]["content"]
+
+
 def _of_sample(group: Group, index: int) -> dict[str, Any]:
     prompt, rollout = group.prompt, group.rollouts[index]
     columns = prompt.columns
     return {
         **columns,
         "completion": rollout.text,
-        "prompt": columns["prompt"] if "prompt" in columns else prompt.messages[-1]["content"],
+        "prompt": prompt_text(prompt),
         "messages": [dict(message) for message in prompt.messages],
         "tokens": rollout.tokens,
         "finish": rollout.finish,

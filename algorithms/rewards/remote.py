@@ -43,7 +43,7 @@ def request_of(group: Group) -> dict[str, Any]:
     """What is sent of a group. Columns that JSON does not have are sent as text."""
     prompt, rollouts = group.prompt, group.rollouts
     return {
-        "prompt": prompt.columns.get("prompt", prompt.messages[-1]["content"]),
+        "prompt": prompt.columns["prompt"] if "prompt" in prompt.columns else prompt.messages[-1]["content"],
         "messages": [dict(message) for message in prompt.messages],
         "completions": [rollout.text for rollout in rollouts],
         "token_ids": [rollout.tokens.tolist() for rollout in rollouts],

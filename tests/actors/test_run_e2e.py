@@ -4,19 +4,25 @@ A mixture of experts on two engines, one of which dies, is in test_export.py: it
 there.
 """
 
+import hashlib
+import re
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from actors.cli import main
+from actors.reward_swap import post_request, read_answer, read_rewards
+from algorithms.rewards.loading import read_sources
 from tests.actors.run_helpers import (
     Finished,
     assert_texts_are_transformers,
     evaluated,
     make_workspace,
     rows,
-    run,
+    start,
 )
 
 pytestmark = pytest.mark.e2e
@@ -29,13 +35,46 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(workspace: Path) -> Finished:
-    """A run on tensor and pipeline parallel ranks that writes every version."""
-    return run(
+    """A run on tensor and pipeline parallel ranks that writes every version, and whose reward is replaced."""
+    running = start(
         *("grpo", "--config", str(workspace / "grpo.yaml"), "--output_dir", str(workspace / "out")),
         *("--tensor_model_parallel_size", "2", "--sequence_parallel", "true"),
         *("--pipeline_model_parallel_size", "2", "--steps_per_generation", "2"),
         *("--save_steps", "1", "--max_shard_size", "100KB"),
     )
+    directory = workspace / "out"
+    while not (directory / "rewards.yaml").exists() and running.process.poll() is None:
+        time.sleep(0.05)
+    if running.process.poll() is None:
+        (reward,) = read_rewards(directory)
+        again = reward.model_copy(update={"name": "again"})
+        post_request(directory, read_sources([again]), "1")
+    return running.finish()
+
+
+def test_the_reward_was_replaced_between_two_steps(finished: Finished, workspace: Path) -> None:
+    assert finished.code == 0, finished.err
+    directory = workspace / "out"
+    step = read_answer(directory, "1")
+    assert step in (1, 2, 3)
+    (event,) = [row for row in rows(directory / "events.jsonl") if row["kind"] == "reward"]
+    digest = hashlib.sha256((workspace / "rewards.py").read_bytes()).hexdigest()
+    assert (event["step"], event["sources"]) == (step, {"again": digest})
+    for row in rows(directory / "rollouts.jsonl"):
+        if row["split"] == "train":
+            name = "again" if row["step"] >= step else "low_words"
+            assert list(row["rewards"]) == [name]
+            assert row["reward_sources"] == {name: digest[:12]}
+
+
+def test_recorded_completions_get_the_rewards_they_had(
+    finished: Finished, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finished.code == 0, finished.err
+    words = ("score", str(workspace / "out"), "--reward", f"{workspace / 'rewards.py'}:low_words")
+    assert main(["reward", *words, "--against", "recorded:again"]) == 0
+    said, total = re.findall(r"agreement: (\d+) of (\d+) the same", capsys.readouterr().out)[0]
+    assert said == total
 
 
 def test_a_run_ends_with_its_result_and_leaves_no_process(finished: Finished, workspace: Path) -> None:

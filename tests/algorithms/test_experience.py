@@ -8,6 +8,7 @@ import pytest
 from algorithms.data import Batch, FloatRow, Group, Prompt, Rollout, Scored, StepResult, float_row, int_row
 from algorithms.experience import gather, optimizer_batches, untrained
 from algorithms.packing import Rows
+from algorithms.rollouts import is_trained_on
 from configs.schema import RunConfig
 
 
@@ -93,6 +94,21 @@ def test_samples_carry_what_the_loss_asks_for_and_nothing_else() -> None:
         assert sample.policy_mask is None
     np.testing.assert_array_equal(full[0].advantages, [0, 0, 0.5, 0.5])
     np.testing.assert_array_equal(full[2].advantages, [0, 0, -0.5])
+
+
+def test_credits_of_spans_are_added_to_the_advantages_of_their_tokens() -> None:
+    first = replace(GROUPS[0], credits=(float_row([0.0, 0.25]), float_row([-1.0, 0.0, 0.0, 0.0])))
+    samples = gather([first, GROUPS[1]], config(mask_truncated_completions=False), Trainer()).samples
+    np.testing.assert_array_equal(samples[0].advantages, [0, 0, 0.5, 0.75])
+    np.testing.assert_array_equal(samples[1].advantages, [0, 0, -1.5, -0.5, -0.5, -0.5])
+    np.testing.assert_array_equal(samples[2].advantages, [0, 0, -0.5])
+    # The completion that is left out takes its credits along.
+    masked = gather([first], config(mask_truncated_completions=True), Trainer()).samples
+    np.testing.assert_array_equal(masked[0].advantages, [0, 0, 0.5, 0.75])
+    # Equal rewards with credits are something to learn from.
+    equal = replace(first, rewards=float_row([1.0, 1.0]))
+    assert is_trained_on(equal, config().grpo)
+    assert not is_trained_on(replace(equal, credits=()), config().grpo)
 
 
 def test_a_masked_truncated_completion_counts_in_the_mean_but_is_not_trained_on() -> None:
