@@ -310,7 +310,7 @@ class Engine:
         rollout = joined(pieces, request.prompt, request.sampling, self._llm.tokenizer, self._version)
         if listener is not None:
             # Not waited for, and of no consequence when it is lost: the group is scored all the same.
-            listener.hear.remote(request.prompt, rollout)
+            listener.hear.remote(request.prompt, rollout, index)
         return rollout
 
     async def _sample(self, request: _Request, index: int, before: Sequence[Any]) -> Any:

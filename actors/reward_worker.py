@@ -42,47 +42,62 @@ class RewardWorker:
         self._runner = RewardRunner(sources, start_timeout_s=start_timeout_s)
         self._next: RewardRunner | None = None
         self._early: OrderedDict[Key, list[Future[Verdicts]] | None] = OrderedDict()
-        self._finished = 0
 
     async def start(self) -> tuple[Loaded, ...]:
         """Load the rewards. Raises ConfigError."""
         return await asyncio.to_thread(self._runner.start)
 
-    async def hear(self, prompt: Prompt, rollout: Rollout) -> None:
-        """Begin with a completion whose group is still being sampled: what is called per completion can start."""
+    async def hear(self, prompt: Prompt, rollout: Rollout, index: int) -> None:
+        """Begin with completion `index` while its group is still sampled: with what is called per completion."""
         key = _key(prompt, rollout)
         if key in self._early:
             return
         group = Group(prompt=prompt, rollouts=(rollout,))
-        self._remember(key, self._runner.submit(group, (0,), self._per_completion()))
+        self._remember(key, self._runner.submit(group, (0,), self._per_completion(), index))
 
     async def score(self, group: Group) -> dict[str, tuple[Verdict, ...]]:
         """What each reward says of each completion, by reward."""
-        indices = range(len(group.rollouts))
+        everything = range(len(group.rollouts))
         early = self._per_completion()
         whole = [number for number in range(len(self._runner.loaded)) if number not in early]
-        jobs: dict[int, list[tuple[int, Future[Verdicts], int]]] = {number: [] for number in early}
+        # Of each reward: a future, the completions it is about, and their places in what it gives.
+        jobs: dict[int, list[tuple[Future[Verdicts], Mapping[int, int]]]] = {
+            number: [] for number in (*early, *whole)
+        }
+        fresh: list[int] = []
         for index, rollout in enumerate(group.rollouts):
-            heard = self._early.get(_key(group.prompt, rollout))
-            futures, place = (heard, 0) if heard else (self._runner.submit(group, (index,), early), index)
-            for number, future in zip(early, futures, strict=True):
-                jobs[number].append((index, future, place))
+            key = _key(group.prompt, rollout)
+            heard = self._early.get(key)
             # Remembered as done, for the engine's message may come after the group.
-            self._remember(_key(group.prompt, rollout), None)
-        for number, future in zip(whole, self._runner.submit(group, indices, whole), strict=True):
-            jobs[number] = [(index, future, index) for index in indices]
-        found: dict[str, tuple[Verdict, ...]] = {}
-        for number, loaded in enumerate(self._runner.loaded):
-            verdicts: dict[int, Verdict] = {}
-            for index, future, place in jobs[number]:
-                verdicts[index] = (await asyncio.wrap_future(future))[place]
-                self._finished += 1
-            found[loaded.name] = tuple(verdicts[index] for index in indices)
-        return found
+            self._remember(key, None)
+            if heard is None:
+                fresh.append(index)
+                continue
+            for number, future in zip(early, heard, strict=True):
+                jobs[number].append((future, {index: 0}))
+        for numbers, indices in ((early, fresh), (whole, everything)):
+            if numbers and indices:
+                futures = self._runner.submit(group, indices, numbers)
+                for number, future in zip(numbers, futures, strict=True):
+                    jobs[number].append((future, {index: index for index in indices}))
+        return {
+            loaded.name: await self._gathered(jobs[number], everything)
+            for number, loaded in enumerate(self._runner.loaded)
+        }
+
+    @staticmethod
+    async def _gathered(
+        jobs: Sequence[tuple[Future[Verdicts], Mapping[int, int]]], indices: Sequence[int]
+    ) -> tuple[Verdict, ...]:
+        found: dict[int, Verdict] = {}
+        for future, places in jobs:
+            verdicts = await asyncio.wrap_future(future)
+            found |= {index: verdicts[place] for index, place in places.items()}
+        return tuple(found[index] for index in indices)
 
     async def finished(self) -> int:
-        """How many calls have ended so far: one that works on moves on."""
-        return self._finished
+        """How many calls it has made: a worker that gets on makes more."""
+        return self._runner.finished
 
     async def load(self, sources: Sequence[RewardSource]) -> tuple[Loaded, ...]:
         """Load other rewards beside those in use. Raises ConfigError, and nothing has changed then."""

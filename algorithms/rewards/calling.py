@@ -20,15 +20,19 @@ class RewardError(BasculeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
-    """A call of one reward: of the completions `indices` of a prompt; of all but one style that is one."""
+    """A call of one reward, of the completions `indices` of a group; per completion that is one.
+
+    `first` is added to them in messages: the group may be a part of the prompt's.
+    """
 
     reward: str
     prompt: str
     indices: tuple[int, ...]
     timeout_s: float
+    first: int = 0
 
     def __str__(self) -> str:
-        place = f", completion {self.indices[0]}" if len(self.indices) == 1 else ""
+        place = f", completion {self.indices[0] + self.first}" if len(self.indices) == 1 else ""
         return f"reward {self.reward}: prompt {self.prompt}{place}"
 
     def too_late(self) -> str:
@@ -38,13 +42,12 @@ class Call:
         )
 
 
-def calls_of(reward: Reward, group: Group, indices: Sequence[int]) -> list[Call]:
+def calls_of(reward: Reward, group: Group, indices: Sequence[int], first: int = 0) -> list[Call]:
     """The calls that give the reward of these completions; a batch or a group is one call of all of them."""
     parts = [(index,) for index in indices] if reward.signature.style == "sample" else [tuple(indices)]
     timeout_s = reward.config.timeout_s
-    return [
-        Call(reward=reward.name, prompt=group.prompt.id, indices=part, timeout_s=timeout_s) for part in parts
-    ]
+    common = {"reward": reward.name, "prompt": group.prompt.id}
+    return [Call(**common, indices=part, timeout_s=timeout_s, first=first) for part in parts]
 
 
 class Prepared:

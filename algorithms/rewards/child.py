@@ -21,12 +21,14 @@ BEAT_S = 1.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """Give these completions of a group their rewards. `reward` is a place in the list of sources."""
+    """Give these completions of a group their rewards. `reward` is a place in the list of sources, `first` as in
+    Call."""
 
     number: int
     reward: int
     group: Group
     indices: tuple[int, ...]
+    first: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +93,7 @@ def serve(connection: Connection) -> None:
 
 def _do(task: Task, rewards: Sequence[Reward], connection: Connection) -> None:
     reward = rewards[task.reward]
-    for call in calls_of(reward, task.group, task.indices):
+    for call in calls_of(reward, task.group, task.indices, task.first):
         connection.send(Began(task=task.number, call=call))
         verdicts = call_now(reward, task.group, call)
         connection.send(Done(task=task.number, call=call, verdicts=tuple(verdicts)))
@@ -142,7 +144,7 @@ async def _serve_async(connection: Connection, rewards: Sequence[Reward]) -> Non
         while True:
             # The thread waits for the next task, while the loop goes on with those it has.
             task: Task = await asyncio.to_thread(connection.recv)
-            for call in calls_of(rewards[task.reward], task.group, task.indices):
+            for call in calls_of(rewards[task.reward], task.group, task.indices, task.first):
                 doing = loop.create_task(one(task, call))
                 running.add(doing)
                 doing.add_done_callback(running.discard)

@@ -133,19 +133,21 @@ class PlainProcess:
     def __init__(self, sources: Sequence[RewardSource], *, start_timeout_s: float) -> None:
         self._child = RewardChild(sources, start_timeout_s=start_timeout_s)
         self._tasks = 0
+        self.finished = 0
+        """Calls that have begun."""
 
     def start(self) -> tuple[Loaded, ...]:
         """Start the child; says what it loaded. Raises ConfigError."""
         self._child.start()
         return self._child.loaded
 
-    def do(self, reward: int, group: Group, indices: Sequence[int]) -> Verdicts:
+    def do(self, reward: int, group: Group, indices: Sequence[int], first: int = 0) -> Verdicts:
         """Verdicts of these completions by reward number `reward`."""
         found: dict[int, Verdict] = {}
         while left := tuple(index for index in indices if index not in found):
             self._child.start()
             self._tasks += 1
-            self._child.send(Task(number=self._tasks, reward=reward, group=group, indices=left))
+            self._child.send(Task(number=self._tasks, reward=reward, group=group, indices=left, first=first))
             found |= self._answers(left, group)
         return found
 
@@ -156,6 +158,7 @@ class PlainProcess:
             began = self._child.receive(MARGIN_S, f"rewards of prompt {group.prompt.id}")
             assert isinstance(began, Began), "a call is announced first"
             call, start = began.call, time.monotonic()
+            self.finished += 1
             try:
                 done = self._child.receive(call.timeout_s, str(call))
             except RewardTimeoutError:
@@ -195,20 +198,25 @@ class AsyncProcess:
         self._lock = threading.Lock()
         self._tasks: dict[int, _Waiting] = {}
         self._count = 0
+        self.finished = 0
+        """Calls that have ended."""
         self._reader: threading.Thread | None = None
 
     def start(self) -> None:
         """Start the child. Raises ConfigError."""
         self._child.start()
 
-    def submit(self, reward: int, group: Group, indices: Sequence[int]) -> Future[Verdicts]:
+    def submit(self, reward: int, group: Group, indices: Sequence[int], first: int = 0) -> Future[Verdicts]:
         """Verdicts of these completions by reward number `reward`, when they are there."""
         waiting = _Waiting(group, indices)
         with self._lock:
             self._count += 1
             self._tasks[self._count] = waiting
             self._child.start()
-            self._child.send(Task(number=self._count, reward=reward, group=group, indices=tuple(indices)))
+            places = tuple(indices)
+            self._child.send(
+                Task(number=self._count, reward=reward, group=group, indices=places, first=first)
+            )
             if self._reader is None:
                 self._reader = threading.Thread(target=self._read, daemon=True)
                 self._reader.start()
@@ -232,6 +240,7 @@ class AsyncProcess:
 
     def _take(self, done: Done) -> None:
         with self._lock:
+            self.finished += 1
             waiting = self._tasks.get(done.task)
             if waiting is None:  # It was given up with a child that had just been replaced.
                 return
@@ -280,15 +289,25 @@ class RewardRunner:
             self._plain.close()
         return self.loaded
 
-    def submit(self, group: Group, indices: Sequence[int], rewards: Sequence[int]) -> list[Future[Verdicts]]:
-        """Verdicts of these completions by each of the rewards, given by their numbers, when they are there."""
+    def submit(
+        self, group: Group, indices: Sequence[int], rewards: Sequence[int], first: int = 0
+    ) -> list[Future[Verdicts]]:
+        """Verdicts of these completions by each of the rewards, given by their numbers, when they are there.
+
+        `first` is added to the completions' numbers in messages.
+        """
         assert self.loaded, "started before"
         return [
-            self._async.submit(reward, group, indices)
+            self._async.submit(reward, group, indices, first)
             if self.loaded[reward].signature.is_async
-            else self._thread.submit(self._plain.do, reward, group, indices)
+            else self._thread.submit(self._plain.do, reward, group, indices, first)
             for reward in rewards
         ]
+
+    @property
+    def finished(self) -> int:
+        """How many calls have begun or ended: it grows while the children get on."""
+        return self._plain.finished + self._async.finished
 
     def judge(self, group: Group) -> dict[str, tuple[Verdict, ...]]:
         """What every reward says of every completion."""

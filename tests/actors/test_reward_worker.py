@@ -103,7 +103,7 @@ def test_a_completion_is_scored_before_its_group_is_there(tmp_path: Path) -> Non
     judge = create_reward_group(config("started", "together", "pid"))
     whole = group("p", "a", "b", mark=str(tmp_path))
     worker = judge.worker_for(whole.prompt)
-    ray.get(worker.hear.remote(whole.prompt, whole.rollouts[0]), timeout=60)
+    ray.get(worker.hear.remote(whole.prompt, whole.rollouts[0], 0), timeout=60)
     limit = time.monotonic() + 60
     while not (tmp_path / "a").exists():
         assert time.monotonic() < limit, "nothing happens before the group is there"
@@ -116,6 +116,19 @@ def test_a_completion_is_scored_before_its_group_is_there(tmp_path: Path) -> Non
     assert scored.parts["together"] == (2.0, 2.0)
     assert not (tmp_path / "a").exists()
     assert (tmp_path / "b").exists()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_failure_of_a_completion_heard_of_has_its_number() -> None:
+    judge = create_reward_group(config("fails"))
+    whole = group("p", "a", "b", "b")
+    worker = judge.worker_for(whole.prompt)
+    ray.get(worker.hear.remote(whole.prompt, whole.rollouts[2], 2), timeout=60)
+    said = ray.get(worker.score.remote(whole), timeout=60)["fails"]
+    judge.close()
+    assert [each.value for each in said] == [1.0, None, None]
+    assert "completion 1: ZeroDivisionError" in said[1].error
+    assert "completion 2: ZeroDivisionError" in said[2].error
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -146,7 +146,7 @@ def test_tokens_are_recorded_as_engine_and_trainer_saw_them(finished: Finished, 
 def test_events_say_what_was_saved(finished: Finished, workspace: Path) -> None:
     assert finished.code == 0
     events = rows(workspace / "out" / "events.jsonl")
-    assert [(row["kind"], row["step"]) for row in events if row["kind"] != "best"] == [
+    assert [(row["kind"], row["step"]) for row in events if row["kind"] not in ("best", "reward")] == [
         ("start", 0),
         ("checkpoint", 1),
         ("checkpoint", 2),
