@@ -5,7 +5,7 @@ import contextlib
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,8 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.deadline import DeadlineExceededError, get, get_all
-from actors.events import Event
+from actors.deadline import ActorLostError, DeadlineExceededError, get, get_all
+from actors.events import Event, unheard
 from actors.reward_swap import post_answer, take_request
 from algorithms.data import Group, Prompt, Rollout, Scored, Verdict
 from algorithms.rewards.child import Loaded
@@ -162,15 +162,24 @@ class RewardGroup:
         sources: Sequence[RewardSource],
         loaded: Sequence[Loaded],
         settings: RewardWorkersConfig,
+        make: Callable[[int, Sequence[RewardSource]], Any] | None = None,
+        start_timeout_s: float = 600.0,
     ) -> None:
-        """`loaded` is what the workers say of the sources."""
-        self.workers = tuple(workers)
+        """`loaded` is what the workers say of the sources; `make` gives another one in place of a lost one."""
+        self.workers = list(workers)
+        self._make, self._start_timeout_s = make, start_timeout_s
+        self._recoveries = 0
+        self._event: Event = unheard
         self.sources: tuple[RewardSource, ...] = ()
         self._settings = settings
         self._use(sources, loaded)
 
     def begin(self, step: int) -> None:
         """See SwappableRewards; these stay as they are."""
+
+    def tell(self, event: Event) -> None:
+        """Tell of workers that were replaced."""
+        self._event = event
 
     def worker_for(self, prompt: Prompt) -> Any:
         """The actor that scores the completions of a prompt, and should hear of each as soon as it is there."""
@@ -182,8 +191,9 @@ class RewardGroup:
     def score(self, groups: Iterable[Group]) -> Iterator[Scored]:
         """Each group with its rewards, in the order they finish; workers score while `groups` is waited for.
 
-        Raises RewardError for what Settler does not let pass, or DeadlineExceededError when a worker does not
-        answer at all.
+        A worker that is lost, or does not answer at all, is replaced, and its groups are scored once more. Raises
+        RewardError for what Settler does not let pass, and ActorLostError or DeadlineExceededError when workers
+        are lost more often than `reward_workers.max_recoveries` times.
         """
         pending: dict[Any, _Pending] = {}
         for group in groups:
@@ -240,17 +250,43 @@ class RewardGroup:
         if not ready and left_s == 0.0:
             self._look_after(pending)
         for ref in ready:
-            task = pending.pop(ref)
-            said: Mapping[str, Sequence[Verdict]] = get(
-                ref, f"reward worker {task.worker}", timeout_s=MARGIN_S, phase="score"
-            )
+            task = pending.get(ref)
+            if (
+                task is None
+            ):  # It was sent to another worker when an earlier one of these turned out to be lost.
+                continue
+            owner = f"reward worker {task.worker}"
+            try:
+                said: Mapping[str, Sequence[Verdict]] = get(ref, owner, timeout_s=MARGIN_S, phase="score")
+            except ActorLostError as error:
+                self._replace(task.worker, pending, error)
+                continue
+            del pending[ref]
             yield self._settler.settle(task.group, said)
+
+    def _replace(self, worker: int, pending: dict[Any, _Pending], why: BasculeError) -> None:
+        """Another worker in place of this one, which gets its groups. Raises `why` when that is not allowed."""
+        ray.kill(self.workers[worker])
+        if self._make is None or self._recoveries >= self._settings.max_recoveries:
+            raise why
+        self._recoveries += 1
+        start, owner = time.monotonic(), f"reward worker {worker}"
+        self.workers[worker] = self._make(worker, self.sources)
+        limit_s = self._start_timeout_s + MARGIN_S
+        get(self.workers[worker].start.remote(), owner, timeout_s=limit_s, phase="start after a loss")
+        first_line = str(why).partition("\n")[0]
+        self._event(
+            None, "restart", f"{owner} was started again in {time.monotonic() - start:.1f} s: {first_line}"
+        )
+        for ref in [ref for ref, task in pending.items() if task.worker == worker]:
+            again, task = self._send(pending.pop(ref).group)
+            pending[again] = task
 
     def _look_after(self, pending: dict[Any, _Pending]) -> None:
         """Give a late group more time while its worker gets on with calls, those of other groups maybe."""
         ref, task = min(pending.items(), key=lambda each: each[1].deadline)
         owner = f"reward worker {task.worker}"
-        with contextlib.suppress(DeadlineExceededError):
+        with contextlib.suppress(DeadlineExceededError, ActorLostError):
             finished = get(
                 self.workers[task.worker].finished.remote(), owner, timeout_s=MARGIN_S, phase="score"
             )
@@ -263,12 +299,12 @@ class RewardGroup:
                     finished=finished,
                 )
                 return
-        ray.kill(self.workers[task.worker])
         names = ", ".join(source.name for source in self.sources)
-        raise DeadlineExceededError(
+        late = DeadlineExceededError(
             f"score: {owner} gave no answer for prompt {task.group.prompt.id} within the timeouts of its "
             f"functions ({names}), although it ends late ones itself; its machine may be gone"
         )
+        self._replace(task.worker, pending, late)
 
 
 def create_reward_group(
@@ -282,7 +318,7 @@ def create_reward_group(
     count, timeout_s = config.reward_workers.num_workers, config.cluster.start_timeout_s
     remote: Any = ray.remote(RewardWorker)
 
-    def make(index: int) -> Any:
+    def make(index: int, sources: Sequence[RewardSource]) -> Any:
         strategy: Any = "DEFAULT"
         if placement_group is not None:
             strategy = PlacementGroupSchedulingStrategy(
@@ -292,12 +328,12 @@ def create_reward_group(
         options = {"num_cpus": CPUS_PER_REWARD_WORKER, "max_restarts": 0, "max_concurrency": 10_000}
         return remote.options(**options, scheduling_strategy=strategy).remote(sources, timeout_s)
 
-    workers = [make(index) for index in range(count)]
+    workers = [make(index, sources) for index in range(count)]
     owners = [f"reward worker {index}" for index in range(count)]
     started = [worker.start.remote() for worker in workers]
     # A worker whose functions take too long to load says so itself, and by name.
     loaded = get_all(started, owners, timeout_s=timeout_s + MARGIN_S, phase="load rewards")
-    return RewardGroup(workers, sources, loaded[0], config.reward_workers)
+    return RewardGroup(workers, sources, loaded[0], config.reward_workers, make, timeout_s)
 
 
 class SwappableRewards:
@@ -305,6 +341,7 @@ class SwappableRewards:
 
     def __init__(self, group: RewardGroup, directory: Path, event: Event, timeout_s: float) -> None:
         self._group, self._directory = group, directory
+        group.tell(event)
         self._event, self._timeout_s = event, timeout_s
 
     def score(self, groups: Iterable[Group]) -> Iterator[Scored]:

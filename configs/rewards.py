@@ -78,3 +78,5 @@ class RewardWorkersConfig(Section):
     """The run ends when more than this share of a reward's last `error_window` calls failed."""
     error_window: int = Field(default=200, ge=1)
     """Calls that this share is over; it is looked at once there have been as many."""
+    max_recoveries: int = Field(default=3, ge=0)
+    """How often in a run a lost worker is replaced before the run ends with an error."""

@@ -1,6 +1,8 @@
 """Reward functions in real Ray workers: values by hand, and functions that raise, hang, exit or do not load."""
 
 import hashlib
+import os
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from actors.deadline import DeadlineExceededError
+from actors.deadline import ActorLostError, DeadlineExceededError
 from actors.reward_worker import RewardGroup, create_reward_group
 from algorithms.data import Group
 from algorithms.rewards.calling import RewardError
@@ -40,6 +42,15 @@ def pid():
 def started(completion, mark):
     Path(mark, completion).touch()
     return 1
+
+def slow(completion, mark):
+    Path(mark, "started").touch()
+    time.sleep(1)
+    return 1
+
+def ends(completion):
+    os.kill(os.getppid(), 9)
+    time.sleep(60)
 
 def together(completions):
     return [len(completions)] * len(completions)
@@ -142,6 +153,41 @@ def test_failures_reach_the_driver_by_name_and_the_workers_live_on() -> None:
     judge.close()
     assert first.parts["fails"] == (1.0,)
     assert not Path(f"/proc/{int(first.parts['pid'][0] or 0)}").exists()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_lost_worker_is_replaced_and_its_groups_are_scored_again(tmp_path: Path) -> None:
+    told: list[str] = []
+    judge = create_reward_group(config("slow", "right"))
+    judge.tell(lambda step, kind, text, **details: told.append(f"{kind} {text}"))
+    groups_of_one = [group(f"p{n}", "5", answer="5", mark=str(tmp_path)) for n in range(3)]
+    killed: list[int] = []
+
+    def generate() -> Iterator[Group]:
+        yield from groups_of_one[:2]
+        while not (tmp_path / "started").exists():
+            time.sleep(0.01)
+        killed.append(ray.get(judge.workers[0].__ray_call__.remote(lambda _: os.getpid()), timeout=60))
+        os.kill(killed[0], signal.SIGKILL)
+        yield groups_of_one[2]
+
+    found = {each.group.prompt.id: each.parts["right"] for each in judge.score(generate())}
+    judge.close()
+    assert found == {"p0": (1.0,), "p1": (1.0,), "p2": (1.0,)}
+    assert len(told) == 1
+    assert told[0].startswith("restart reward worker 0 was started again in ")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_workers_are_not_replaced_for_ever() -> None:
+    settings = config("ends")
+    settings = settings.model_copy(
+        update={"reward_workers": RewardWorkersConfig(num_workers=1, max_recoveries=1)}
+    )
+    judge = create_reward_group(settings)
+    with pytest.raises(ActorLostError, match="score: reward worker 0 is gone"):
+        list(judge.score([group("p", "a")]))
+    judge.close()
 
 
 @pytest.mark.usefixtures("local_ray")
