@@ -109,7 +109,9 @@ def _add_view(commands: Any) -> None:
     view.add_argument("--port", type=_port, help="port on 127.0.0.1; any free one by default, or for 0")
     view.add_argument("--html", type=Path, metavar="FILE", help="write one file that needs no server instead")
     view.add_argument(
-        "--max_rollouts", type=_positive, help=f"completions in that file, the latest; {_MAX_ROLLOUTS} by default"
+        "--max_rollouts",
+        type=_positive,
+        help=f"completions in that file, the latest; {_MAX_ROLLOUTS} by default",
     )
     view.set_defaults(command_function=_view)
 

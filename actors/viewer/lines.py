@@ -75,7 +75,7 @@ def read_at(path: Path, places: list[tuple[int, int]]) -> list[Mapping[str, Any]
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
-    """The object of a line, if it is one that has a step; NaN and infinity, which browsers cannot read, are None."""
+    """The object of a line, if it is one that has a step; NaN and infinity, which JSON does not have, are None."""
     try:
         row = json.loads(line, parse_constant=lambda _: None)
     except ValueError:

@@ -69,6 +69,7 @@ def written(run: ViewedRun, max_rollouts: int) -> tuple[str, dict[str, Any]]:
 
     All metrics and events are in it, and the groups of the latest steps, up to `max_rollouts` completions.
     """
+    run.refresh()
     state = run.state()
     kept = _latest(run, max_rollouts)
     left, groups, token_steps = _MAX_TOKENS, list[dict[str, Any]](), set[int]()

@@ -33,9 +33,10 @@ class Query:
     @classmethod
     def of(cls, parameters: Mapping[str, str]) -> "Query":
         """From the parameters of a request. Raises ConfigError naming the one that is wrong."""
-        sort = parameters.get("sort", "newest")
-        if sort not in get_args(Sort):
-            raise ConfigError(f"sort: {sort!r} is none of {', '.join(get_args(Sort))}")
+        text = parameters.get("sort", "newest")
+        sort = next((each for each in get_args(Sort) if each == text), None)
+        if sort is None:
+            raise ConfigError(f"sort: {text!r} is none of {', '.join(get_args(Sort))}")
         return cls(
             split=parameters.get("split", ""),
             first_step=_number(parameters, "first_step"),

@@ -1,4 +1,4 @@
-"""An index of rollouts.jsonl and tokens.jsonl: what is filtered and sorted by stays in memory, texts in the files."""
+"""An index of rollouts.jsonl and tokens.jsonl: memory has what is filtered and sorted by, texts stay in files."""
 
 import json
 import sys
@@ -194,5 +194,8 @@ class RolloutIndex:
 
 
 def _contains(row: Mapping[str, Any], text: str) -> bool:
-    texts = [row.get("completion", ""), *(message.get("content", "") for message in row.get("messages") or [])]
+    texts = [
+        row.get("completion", ""),
+        *(message.get("content", "") for message in row.get("messages") or []),
+    ]
     return any(text in str(each).lower() for each in texts)

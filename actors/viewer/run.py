@@ -22,13 +22,13 @@ class Series:
 
 
 class ViewedRun:
-    """A run as far as its files go. Old runs have no events and no tokens.
+    """A run as far as its files went at the last `refresh`. Old runs have no events and no tokens.
 
     `generation` grows when the run was replaced by another in the same directory.
     """
 
     def __init__(self, directory: Path) -> None:
-        """Raises ConfigError when it is no directory of a run."""
+        """Reads nothing yet. Raises ConfigError when it is no directory of a run."""
         if not directory.is_dir():
             what = "is a file" if directory.exists() else "does not exist"
             raise ConfigError(f"{directory}: {what}; give the output_dir of a run, a directory")
@@ -39,7 +39,6 @@ class ViewedRun:
         self.directory = directory.resolve()
         self.generation = 0
         self._begin()
-        self.refresh()
 
     def _begin(self) -> None:
         self._metrics = JsonLines(self.directory / "metrics.jsonl")
@@ -85,7 +84,8 @@ class ViewedRun:
             "name": self.directory.name,
             "directory": str(self.directory),
             "algorithm": config.get("algorithm"),
-            "model": (config.get("model") or {}).get("model") or (config.get("model") or {}).get("mcore_model"),
+            "model": (config.get("model") or {}).get("model")
+            or (config.get("model") or {}).get("mcore_model"),
             "max_steps": config.get("max_steps"),
             "last_step": self.last_step,
             "status": self._status(),

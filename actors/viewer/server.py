@@ -3,6 +3,7 @@
 import errno
 import json
 import secrets
+import sys
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,13 +38,18 @@ class ViewServer(ThreadingHTTPServer):
         self._selected: tuple[Any, list[Match]] = ((), [])
         self.hosts = {f"{name}:{self.server_port}" for name in (HOST, "localhost")}
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a browser that does not wait for its answer."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
     @property
     def url(self) -> str:
         """Where the page is."""
         return f"http://{HOST}:{self.server_port}/"
 
     def answer(self, path: str, parameters: dict[str, list[str]]) -> dict[str, Any] | list[Any] | None:
-        """What a path of /api/ gives; None when there is no such path. Raises ConfigError for a wrong parameter."""
+        """What a path of /api/ gives; None when there is no such path. Raises ConfigError for wrong parameters."""
         with self._lock:
             run = self._run
             run.refresh()

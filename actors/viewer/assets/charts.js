@@ -16,7 +16,7 @@ function unitOf(title) {
   return /ratio(_mean)?$|outside$|masked$/.test(title) ? "share" : "";
 }
 
-// Every metric is in exactly one chart: title -> names.
+// Every metric is in exactly one chart: title -> names, the charts that are looked at first before the others.
 function catalogue(names) {
   const charts = new Map();
   for (const name of names) {
@@ -27,13 +27,13 @@ function catalogue(names) {
     charts.set(title, name === base ? [name, ...others] : [...others, name]);
   }
   charts.get(PHASES)?.reverse();
-  return charts;
+  const place = (title) => FIRST_CHARTS.indexOf(title) + 1 || FIRST_CHARTS.length + 1;
+  return new Map([...charts].sort(([one], [other]) => place(one) - place(other)));
 }
 
 function firstCharts(charts) {
   const known = FIRST_CHARTS.filter((title) => charts.has(title));
-  const others = [...charts.keys()].filter((title) => !known.includes(title));
-  return (known.length ? known : others).slice(0, NUM_FIRST);
+  return (known.length ? known : [...charts.keys()]).slice(0, NUM_FIRST);
 }
 
 // An exponential mean that starts without a bias; gaps stay gaps.

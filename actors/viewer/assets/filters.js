@@ -12,7 +12,7 @@ class Filters {
     let waiting = 0;
     const soon = () => {
       clearTimeout(waiting);
-      waiting = setTimeout(changed, 200);
+      waiting = setTimeout(changed, 150);
     };
     this.form.addEventListener("input", soon);
     // The fields are empty only after the event.

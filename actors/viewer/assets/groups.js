@@ -28,7 +28,8 @@ class Groups {
   // Ask for the page again; the chosen group stays, or the first one is chosen.
   async load() {
     const asked = ++this.asked;
-    const answer = await this.run.groups(this.filters.query, this.page).catch((error) => ({ error }));
+    const { query } = this.filters;
+    const answer = await this.run.groups(query, this.page).catch((error) => ({ error }));
     // A later question has been asked meanwhile.
     if (asked !== this.asked) return;
     if (answer.error) {
@@ -41,6 +42,8 @@ class Groups {
     const kept = this.rows.find((row) => row.key === this.chosen);
     if (kept) this.detail.match(kept.matching);
     else await this.choose(this.rows[0]?.key ?? null);
+    // What the list is the answer to.
+    this.list.dataset.query = JSON.stringify(query);
   }
 
   fill(answer) {
@@ -86,7 +89,7 @@ class Groups {
         make("span", { class: "chips", "aria-hidden": "true" }, ...chips),
         make("span", { class: "quiet" },
           `${some}${plural(row.values.length, "completion")} · ${show(Math.round(row.tokens))} tok`
-          + `${row.recorded ? " · tokens" : ""}`),
+          + `${row.recorded ? " · recorded" : ""}`),
       ),
     );
   }

@@ -43,6 +43,7 @@ class Detail {
 
   clear() {
     this.group = null;
+    delete this.area.dataset.key;
     this.area.replaceChildren(make("p", { class: "empty" }, "No completion is as the filter asks."));
   }
 
@@ -50,6 +51,7 @@ class Detail {
     this.group = group;
     this.matching = new Set(matching);
     this.draw();
+    this.area.dataset.key = group.key;
     this.area.scrollTop = 0;
   }
 
