@@ -8,6 +8,8 @@ from typing import Any
 
 # Enough of a file's first line to tell it from the one that replaces it.
 _HEAD = 256
+# json.loads would make a decoder for every line.
+_DECODER = json.JSONDecoder(parse_constant=lambda _: None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +79,7 @@ def read_at(path: Path, places: list[tuple[int, int]]) -> list[Mapping[str, Any]
 def parse(line: bytes) -> dict[str, Any] | None:
     """The object of a line, if it is one that has a step; NaN and infinity, which JSON does not have, are None."""
     try:
-        row = json.loads(line, parse_constant=lambda _: None)
+        row = _DECODER.decode(line.decode())
     except ValueError:
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

@@ -242,7 +242,7 @@ class Charts {
       dragmode: "zoom",
       uirevision: "kept",
       xaxis: { ...grid, rangemode: "tozero", nticks: 6 },
-      yaxis: { ...grid, nticks: 5 },
+      yaxis: { ...grid, nticks: 5, exponentformat: "e" },
       yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
       shapes: lines,
     };

@@ -15,7 +15,7 @@ function showFacts(state, run) {
   document.title = `${state.name} · Bascule`;
   byId("run-name").textContent = state.name;
   const steps = state.max_steps ? `step ${state.last_step} of ${state.max_steps}` : `step ${state.last_step}`;
-  const facts = [state.algorithm, state.model?.split("/").at(-1), steps, plural(state.num_rollouts, "completion")];
+  const facts = [state.algorithm, state.model?.split("/").slice(-2).join("/"), steps, plural(state.num_rollouts, "completion")];
   byId("run-facts").textContent = facts.filter(Boolean).join(" · ");
   byId("run-facts").title = state.directory;
   const damaged = state.unreadable ? ` · ${plural(state.unreadable, "line")} cannot be read` : "";
