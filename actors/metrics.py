@@ -165,9 +165,10 @@ class RunRecorder:
         trace: TracebackType | None,
     ) -> None:
         seconds = time.monotonic() - self._started
-        end = "training ended" if error is None else f"training failed: {type(error).__name__}: {error}"
-        text = f"{end.partition(chr(10))[0]}, {seconds:.1f} s after its beginning"
-        self.event(self._last, "end", text, seconds=round(seconds, 1), failed=error is not None)
+        outcome = "ended" if error is None else "failed" if isinstance(error, Exception) else "interrupted"
+        why = f": {type(error).__name__}: {error}".partition("\n")[0] if outcome == "failed" else ""
+        text = f"training {outcome} after {seconds:.1f} s{why}"
+        self.event(self._last, "end", text, seconds=round(seconds, 1), outcome=outcome)
         self._metrics.close()
         self._rollouts.close()
         self._tokens.close()

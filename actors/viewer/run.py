@@ -112,8 +112,9 @@ class ViewedRun:
 
     def _status(self) -> str:
         ends = [event for event in self.events if event.get("kind") == "end"]
-        if ends and ends[-1].get("failed"):
-            return "failed"
+        outcome = ends[-1].get("outcome") if ends else None
+        if outcome in ("failed", "interrupted"):
+            return outcome
         return "finished" if (self.directory / "result.json").is_file() else "in progress"
 
     def _config(self) -> dict[str, Any]:

@@ -14,8 +14,8 @@ import pytest
 from actors.viewer.page import written
 from actors.viewer.run import ViewedRun
 from actors.viewer.server import ViewServer
-from tests.actors.test_viewer import QUERIES, rows
-from tests.actors.viewer_runs import HOSTILE, write_gkd, write_grpo, write_old, write_sft
+from tests.actors.test_viewer import QUERIES
+from tests.actors.viewer_runs import HOSTILE, rows, write_gkd, write_grpo, write_old, write_sft
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (`test` extra)")
 CHROMIUM = shutil.which("chromium")

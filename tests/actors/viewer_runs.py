@@ -1,9 +1,12 @@
 """Run directories for the viewer, written by the recorder of real runs."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from actors.metrics import RunRecorder
+from actors.viewer.run import ViewedRun
 from algorithms.data import Group, Prompt, Rollout, Scored, TokenRecord, float_row, int_row
 
 HOSTILE = "<script>window.pwned=1</script></script><img src=x onerror=window.pwned=1>&amp;\u2028\u2029 'é\""
@@ -14,6 +17,18 @@ class Console:
     def line(self, text: str) -> None: ...
 
     def progress(self, done: int, total: int) -> None: ...
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, read without the viewer."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def opened(directory: Path) -> ViewedRun:
+    """A run whose files have been read."""
+    run = ViewedRun(directory)
+    run.refresh()
+    return run
 
 
 def scored(
