@@ -1,4 +1,4 @@
-"""The command line: `bascule grpo|gkd|sft|plan|reward|export|infer|make-model`. The only module that prints."""
+"""The command line: `bascule grpo|gkd|sft|view|reward|plan|export|...`. The only module that prints."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 from tqdm import tqdm
 
-from actors.reward_command import add_commands
+from actors.reward_options import add_commands
 from configs.errors import BasculeError, ConfigError, WriteError
 from configs.export import ExportConfig, InferConfig
 from configs.load import dump_config, load_config, load_settings
@@ -23,6 +23,8 @@ _RUNS = {
     "gkd": "knowledge distillation: learn a teacher's distribution on completions of one's own and of a dataset",
     "sft": "supervised fine-tuning with the same trainer, without engines",
 }
+# Completions in a file that `bascule view --html` writes.
+_MAX_ROLLOUTS = 2000
 _EPILOG = (
     "Options are set in the YAML file or here; here they win. Names that are unique work without section."
 )
@@ -85,6 +87,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     text = "answer one prompt with vLLM or transformers, to look at a model"
     infer = _add_command(commands, "infer", text, InferConfig, "--model DIR --prompt TEXT")
     infer.set_defaults(command_function=_infer)
+    _add_view(commands)
     make = commands.add_parser(
         "make-model", help="make a small model directory without a hub", allow_abbrev=False
     )
@@ -96,9 +99,37 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     make.set_defaults(command_function=_make_model)
     add_commands(commands, Terminal)
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command_function is _make_model:
+    if rest and options.command_function in (_make_model, _view):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     return options, rest
+
+
+def _add_view(commands: Any) -> None:
+    text = "look at a run in a browser, while it goes or after it: curves, completions, tokens, events"
+    view = commands.add_parser("view", help=text, description=text, allow_abbrev=False)
+    view.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a run")
+    view.add_argument("--port", type=_port, help="port on 127.0.0.1; any free one by default, or for 0")
+    view.add_argument("--html", type=Path, metavar="FILE", help="write one file that needs no server instead")
+    view.add_argument(
+        "--max_rollouts",
+        type=_positive,
+        help=f"completions in that file, the latest; {_MAX_ROLLOUTS} by default",
+    )
+    view.set_defaults(command_function=_view)
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError("a port is a number from 0 to 65535")
+    return port
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
 
 
 def _add_command(
@@ -194,6 +225,20 @@ def _infer(options: argparse.Namespace, rest: list[str]) -> int:
 
     answer = infer(config, show)
     print("" if config.stream else answer)
+    return 0
+
+
+def _view(options: argparse.Namespace, rest: list[str]) -> int:
+    from actors.view import serve, write
+
+    if options.html is None:
+        if options.max_rollouts is not None:
+            raise ConfigError("--max_rollouts: is for --html FILE; without it all completions are there")
+        serve(options.run, options.port or 0, Terminal())
+    elif options.port is not None:
+        raise ConfigError("--port: a file is not served; give --port or --html")
+    else:
+        write(options.run, options.html, options.max_rollouts or _MAX_ROLLOUTS, Terminal())
     return 0
 
 

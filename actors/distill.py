@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from actors.metrics import Console, RunRecorder, warn
+from actors.console import Console
+from actors.metrics import RunRecorder, warn
 from actors.model_check import check_model
 from actors.model_source import ModelSize, ModelSource, find_model, load_tokenizer, model_size
 from actors.placement import Reservation

@@ -11,9 +11,9 @@ from actors import deadline
 from actors.adapter_source import AdapterSource, read_adapter, read_mcore_adapter
 from actors.checkpoint_files import find_iteration
 from actors.cluster import connect
+from actors.console import Console
 from actors.env import check_one_source, resolve_device
 from actors.export_rank import ExportRank, Task
-from actors.metrics import Console
 from actors.model_source import ModelSource, find_model, load_tokenizer, model_size, tensors_of
 from actors.placement import Reservation, export_bundles, reserve
 from actors.precision import SampleBatch, compare_logits, reference_logits, sample_tokens

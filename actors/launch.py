@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors.bridge import WeightBridge
+from actors.console import Console
 from actors.engine_group import EngineGroup, create_engines
 from actors.events import Event
-from actors.metrics import Console, warn
+from actors.metrics import warn
 from actors.placement import Reservation
 from actors.trainer import TrainerGroup
 from actors.trainer_rank import Sources

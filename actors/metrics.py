@@ -7,25 +7,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
+from actors.console import Console
 from actors.events import EventLog
 from algorithms.data import FloatRow, Scored, TokenRecord
 from algorithms.stored_rollouts import stored_row
 
 _PHASES = ("generate", "train", "sync")
-
-
-class Console(Protocol):
-    """Where a person reads along."""
-
-    def line(self, text: str) -> None:
-        """Show a line."""
-        ...
-
-    def progress(self, done: int, total: int) -> None:
-        """Show how far the run is."""
-        ...
 
 
 def warn(warnings: Sequence[str], console: Console) -> None:
@@ -156,9 +145,10 @@ class RunRecorder:
         trace: TracebackType | None,
     ) -> None:
         seconds = time.monotonic() - self._started
-        end = "training ended" if error is None else f"training failed: {type(error).__name__}: {error}"
-        text = f"{end.partition(chr(10))[0]}, {seconds:.1f} s after its beginning"
-        self.event(self._last, "end", text, seconds=round(seconds, 1), failed=error is not None)
+        outcome = "ended" if error is None else "failed" if isinstance(error, Exception) else "interrupted"
+        why = f": {type(error).__name__}: {error}".partition("\n")[0] if outcome == "failed" else ""
+        text = f"training {outcome} after {seconds:.1f} s{why}"
+        self.event(self._last, "end", text, seconds=round(seconds, 1), outcome=outcome)
         self._metrics.close()
         self._rollouts.close()
         self._tokens.close()

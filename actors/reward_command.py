@@ -3,17 +3,16 @@
 import argparse
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from actors.metrics import Console
+from actors.console import Console
 from actors.reward_report import comparison_lines, short, write_page
-from actors.reward_swap import REWARDS, post_request, read_answer, read_rewards, withdraw_request
+from actors.reward_swap import post_request, read_answer, read_rewards, withdraw_request
 from actors.reward_trial import groups_of_rows, load_in_child, score_stored, stored_groups
 from algorithms.data import Group, Verdict
 from algorithms.rewards.child import Loaded
@@ -28,57 +27,6 @@ from configs.schema import RunConfig
 _LOOK_S = 0.5
 # Of a run's last groups, when its rewards are to be replaced: enough to see that a function does not fail at once.
 _TRIED = 4
-
-
-def add_commands(commands: Any, console: Callable[[], Console]) -> None:
-    """Add `reward` and its own commands to a parser's; `console` makes what they write to."""
-    text = (
-        "try rewards without a run, compare them on recorded completions, replace those of a run that goes on"
-    )
-    reward = commands.add_parser("reward", help=text, description=text, allow_abbrev=False)
-    kinds = reward.add_subparsers(title="commands", required=True, metavar="check|score|reload")
-    for name, function, add in (
-        ("check", check, _add_check),
-        ("score", score, _add_score),
-        ("reload", reload, _add_reload),
-    ):
-        about = (function.__doc__ or "").partition("\n")[0]
-        parser = kinds.add_parser(name, help=about, description=about, allow_abbrev=False)
-        add(parser)
-        parser.set_defaults(
-            command_function=lambda options, rest, called=function: called(options, rest, console())
-        )
-
-
-def _add_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the YAML file of a run")
-    parser.add_argument("--rows", type=int, default=4, help="rows of the dataset to try (default 4)")
-
-
-def _add_score(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("rollouts", type=Path, help="rollouts.jsonl, or the directory of a run")
-    spelled = "`file.py:name`, `module:name`, a built-in, or YAML: '{function: f.py:g, kwargs: {a: 1}}'"
-    parser.add_argument("--reward", required=True, metavar="REWARD", help=spelled)
-    parser.add_argument(
-        "--against", metavar="REWARD", help="another one, or `recorded:NAME` for what the run recorded"
-    )
-    parser.add_argument("--split", choices=["train", "eval"], help="only these completions")
-    parser.add_argument("--first_step", type=int, default=0, metavar="N", help="only from this step on")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the last N groups")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default 2)")
-    parser.add_argument("--show", type=int, default=5, metavar="N", help="cases to show of each kind (5)")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page as well")
-
-
-def _add_reload(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help=f"directory of the run; its {REWARDS} says which rewards")
-    parser.add_argument(
-        "--wait_s",
-        type=float,
-        default=1800,
-        metavar="S",
-        help="longest wait for the next step (default 1800)",
-    )
 
 
 def check(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:

@@ -9,11 +9,12 @@ from typing import Any
 
 from actors.adapter_source import find_adapter, read_adapter
 from actors.cluster import connect
+from actors.console import Console
 from actors.distill import Lessons, describe_lessons, find_teacher, make_lessons, run_gkd
 from actors.engine_support import check_adapter_modules
 from actors.env import check_one_source, resolve_device
 from actors.lengths import check_micro_batches, check_prompts
-from actors.metrics import Console, RunRecorder, finite_or_none, headline, plot_curve, warn
+from actors.metrics import RunRecorder, finite_or_none, headline, plot_curve, warn
 from actors.model_check import CheckedModel, check_model, check_same_shape
 from actors.model_source import find_model, load_tokenizer, model_size
 from actors.placement import Bundle, Reservation, bundles_of, reserve

@@ -156,9 +156,14 @@ def test_engines_and_reference_start_with_the_weights_of_the_torch_dist_checkpoi
     assert steps[1]["kl"] > 1e-5
 
 
-def test_a_run_that_loses_an_engine_says_so_and_leaves_no_process(trained: Finished) -> None:
+def test_a_run_that_loses_an_engine_says_so_and_leaves_no_process(workspace: Path, trained: Finished) -> None:
     assert "is lost" in trained.err
     assert trained.left == []
+    events = rows(workspace / "run" / "events.jsonl")
+    lost = next(row for row in events if row["kind"] == "restart")
+    assert lost["text"].startswith(f"engine {lost['engine']} is lost: ")
+    assert lost["text"].endswith("; starting another")
+    assert 1 <= lost["step"] <= 3
 
 
 def test_a_torch_dist_checkpoint_of_a_run_becomes_the_model_that_its_engines_had(

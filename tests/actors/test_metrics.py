@@ -152,8 +152,8 @@ def test_events_have_their_step_and_frame_the_run(tmp_path: Path) -> None:
     assert lost | {"time": ""} == {
         "time": "", "step": 2, "kind": "restart", "text": "engine 0 is lost", "engine": 0, "seconds": None,
     }  # fmt: skip
-    assert (end["step"], end["kind"], end["failed"]) == (1, "end", False)
-    assert str(end["text"]).startswith("training ended, ")
+    assert (end["step"], end["kind"], end["outcome"]) == (1, "end", "ended")
+    assert str(end["text"]).startswith("training ended after ")
     assert saved["kind"] == "checkpoint"
     assert all(str(each["time"]).endswith("+00:00") for each in (start, lost, end, saved))
 
@@ -162,8 +162,13 @@ def test_a_run_that_fails_says_so_in_its_events(tmp_path: Path) -> None:
     with pytest.raises(ValueError), RunRecorder(tmp_path, 10, Console()):
         raise ValueError("no luck\nat all")
     end = lines(tmp_path / "events.jsonl")[-1]
-    assert end["failed"] is True
-    assert str(end["text"]).startswith("training failed: ValueError: no luck, ")
+    assert end["outcome"] == "failed"
+    assert str(end["text"]).endswith(" s: ValueError: no luck")
+    with pytest.raises(KeyboardInterrupt), RunRecorder(tmp_path, 10, Console()):
+        raise KeyboardInterrupt
+    (_, end) = lines(tmp_path / "events.jsonl")
+    assert end["outcome"] == "interrupted"
+    assert str(end["text"]).endswith(" s")
 
 
 def test_characters_that_tokens_share_are_in_the_last_of_them() -> None:

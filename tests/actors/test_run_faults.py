@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.actors.run_helpers import make_workspace, run, start
+from tests.actors.run_helpers import make_workspace, rows, run, start
 
 pytestmark = pytest.mark.e2e
 
@@ -58,3 +58,5 @@ def test_an_interrupt_ends_every_process(workspace: Path) -> None:
     assert finished.code == 130
     assert finished.left == []
     assert "interrupted" in finished.err
+    end = rows(metrics.with_name("events.jsonl"))[-1]
+    assert (end["kind"], end["outcome"]) == ("end", "interrupted")

@@ -1,0 +1,1 @@
+"""What `bascule view` shows: reading the files of a run, choosing among its completions, and the page."""
