@@ -117,7 +117,7 @@ class Detail {
 
   legend() {
     if (!this.isRecorded) {
-      return make("span", { class: "quiet" }, "The tokens of this step were not written (record.token_steps).");
+      return make("span", { class: "quiet" }, "No tokens of this group were recorded: they are for what is trained on, in steps of record.token_steps.");
     }
     if (this.kind === "none") return null;
     const text = show(this.scale);
