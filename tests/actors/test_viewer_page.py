@@ -326,7 +326,7 @@ def test_runs_of_every_kind_are_shown(
     assert titles[0] == first[0]
     assert opened.text("#found").startswith(f"{completions} completions")
     if completions:
-        assert "were not written" in opened.text(".tools")
+        assert "No tokens of this group were recorded" in opened.text(".tools")
     else:
         assert opened.text("#detail") == "No completion is as the filter asks."
     assert opened.wrong == []
