@@ -120,6 +120,7 @@ class RunRecorder:
                     "index": number,
                     "messages": list(each.group.prompt.messages),
                     "completion": rollout.text,
+                    **({"turns": list(rollout.turns)} if rollout.turns else {}),
                     "finish": rollout.finish,
                     "tokens": rollout.tokens.size,
                     "reward": None if math.isnan(reward) else reward,

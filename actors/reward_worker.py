@@ -139,9 +139,15 @@ class RewardGroup:
     """Workers that score groups as they come in (algorithms.roles.Judge)."""
 
     def __init__(
-        self, workers: Sequence[Any], sources: Sequence[RewardSource], settings: RewardWorkersConfig
+        self,
+        workers: Sequence[Any],
+        sources: Sequence[RewardSource],
+        settings: RewardWorkersConfig,
+        environment_weight: float | None = None,
     ) -> None:
+        """With an `environment_weight` what the environment gave is one of the rewards; see Settler."""
         self.workers = tuple(workers)
+        self._environment_weight = environment_weight
         self.sources: tuple[RewardSource, ...] = ()
         self._settings = settings
         self._use(sources)
@@ -195,7 +201,9 @@ class RewardGroup:
 
     def _use(self, sources: Sequence[RewardSource]) -> None:
         self.sources = tuple(sources)
-        self._settler = Settler({source.name: source.config for source in sources}, self._settings)
+        self._settler = Settler(
+            {source.name: source.config for source in sources}, self._settings, self._environment_weight
+        )
 
     def _send(self, group: Group) -> tuple[Any, _Pending]:
         worker = self._place_of(group.prompt)
@@ -270,4 +278,6 @@ def create_reward_group(
     started = [worker.start.remote() for worker in workers]
     # A worker whose functions take too long to load says so itself, and by name.
     get_all(started, owners, timeout_s=timeout_s + MARGIN_S, phase="load rewards")
-    return RewardGroup(workers, sources, config.reward_workers)
+    environment = config.environment
+    weight = None if environment.function is None else environment.weight
+    return RewardGroup(workers, sources, config.reward_workers, weight)

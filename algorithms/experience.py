@@ -59,6 +59,8 @@ def gather(groups: Sequence[Scored], config: RunConfig, trainer: Trainer) -> Exp
     if settings.kl_in_reward:
         rewards = _with_kl(rewards, kept, [settings.beta * _k1(sample) for sample in samples])
     weights = [reward.weight for reward in config.rewards]
+    if config.environment.function is not None:
+        weights.append(config.environment.weight)
     if settings.soft_overlong_cache is not None:
         weights.append(1.0)
     found = advantages_of(groups, rewards, weights, settings)

@@ -8,14 +8,22 @@ import numpy as np
 
 from algorithms.data import FloatRow, Group, Scored, Verdict, float_row
 from algorithms.rewards.calling import RewardError
+from configs.environment import ENVIRONMENT
 from configs.rewards import RewardConfig, RewardWorkersConfig
 
 
 class Settler:
     """Makes rewards of verdicts, as the `on_error` of each reward says, and keeps count of the failures."""
 
-    def __init__(self, rewards: Mapping[str, RewardConfig], settings: RewardWorkersConfig) -> None:
+    def __init__(
+        self,
+        rewards: Mapping[str, RewardConfig],
+        settings: RewardWorkersConfig,
+        environment_weight: float | None = None,
+    ) -> None:
+        """With an `environment_weight` what the environment gave is a reward named `environment`."""
         self._rewards, self._settings = dict(rewards), settings
+        self._environment_weight = environment_weight
         self._calls = dict.fromkeys(rewards, 0)
         self._failed = {name: deque[bool](maxlen=settings.error_window) for name in rewards}
 
@@ -38,7 +46,9 @@ class Settler:
                 dropped |= failed
             if config.on_error == "drop_group" and failed.any():
                 dropped[:] = True
-        sums = np.where(dropped, np.nan, self._sums(parts, size))
+        sums = np.where(dropped, np.nan, self._sums(parts, group))
+        if self._environment_weight is not None:
+            parts[ENVIRONMENT] = tuple(rollout.environment_reward or 0.0 for rollout in group.rollouts)
         return Scored(
             group=group,
             rewards=float_row(sums),
@@ -67,11 +77,15 @@ class Settler:
                     f"reward_workers.max_error_ratio {settings.max_error_ratio:g} allows: {last}"
                 )
 
-    def _sums(self, parts: Mapping[str, Sequence[float | None]], size: int) -> list[float]:
+    def _sums(self, parts: Mapping[str, Sequence[float | None]], group: Group) -> list[float]:
         sums: list[float] = []
-        for index in range(size):
+        for index, rollout in enumerate(group.rollouts):
             values = [(config.weight, parts[name][index]) for name, config in self._rewards.items()]
             known = [weight * value for weight, value in values if value is not None]
+            given, weight = rollout.environment_reward, self._environment_weight
+            # Nothing given is 0, but does not make up for functions of which none applied.
+            if weight is not None and (given is not None or known or not values):
+                known.append(weight * (given or 0.0))
             sums.append(math.fsum(known) if known else math.nan)
         return sums
 
