@@ -6,16 +6,18 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Literal, NoReturn
 
 from actors.engine_completion import joined, piece_params
+from actors.engine_episode import Player, episode
 from actors.engine_processes import EngineProcesses
 from actors.engine_settings import engine_arguments
 from algorithms.data import Group, Prompt, Rollout, SamplingSettings
-from configs.errors import BasculeError
+from algorithms.environments.calling import EnvironmentFailedError
+from configs.errors import BasculeError, ConfigError
 from configs.schema import RunConfig
 
 LOG = logging.getLogger(__name__)
@@ -58,6 +60,15 @@ class _Request:
     def name_of(self, index: int) -> str:
         """What vLLM calls the completion with this index."""
         return f"{self.name}-{index}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Turn:
+    """A completion, or one turn of an episode: `prompt` has the tokens before it."""
+
+    prompt: Prompt
+    sampling: SamplingSettings
+    index: int
 
 
 class Engine:
@@ -135,12 +146,15 @@ class Engine:
             self._require_alive()
             await asyncio.sleep(_LOOK_S)
 
-    async def generate(self, prompt: Prompt, sampling: SamplingSettings, listener: Any = None) -> Group:
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingSettings, listener: Any = None, environment: Any = None
+    ) -> Group:
         """`sampling.n` completions; an aborted one has what it got so far. Waits while the engine is paused.
 
-        A `listener` is an actor that hears of each completion as soon as it is there (RewardWorker.hear).
-        Raises EngineError when prompt and completion do not fit into the model's length, when the last
-        weight update failed, or when vLLM fails.
+        A `listener` is an actor that hears of each completion as soon as it is there (RewardWorker.hear). With an
+        `environment`, an actor (EnvironmentWorker.step), completions are episodes. Raises EngineError when prompt
+        and completion do not fit into the model's length, when the last weight update failed, or when vLLM fails;
+        EnvironmentFailedError.
         """
         self._require_good_weights(f"prompt {prompt.id}")
         limit = self._llm.model_config.max_model_len
@@ -157,7 +171,8 @@ class Engine:
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._complete(request, index, listener)) for index in range(sampling.n)
+                    group.create_task(self._complete(request, index, listener, environment))
+                    for index in range(sampling.n)
                 ]
         except ExceptionGroup as errors:
             raise self._failure(f"prompt {prompt.id}", errors.exceptions[0]) from errors.exceptions[0]
@@ -294,34 +309,47 @@ class Engine:
         await self._llm.collective_rpc("activate_adapter")
         self._lora_request = adapter_request()
 
-    async def _complete(self, request: _Request, index: int, listener: Any) -> Rollout:
+    async def _complete(self, request: _Request, index: int, listener: Any, environment: Any) -> Rollout:
+        prompt, sampling = request.prompt, request.sampling
+
+        async def sample(prompt: Prompt, sampling: SamplingSettings) -> Rollout:
+            return await self._turn(request, _Turn(prompt=prompt, sampling=sampling, index=index))
+
+        if environment is None:
+            rollout = await sample(prompt, sampling)
+        else:
+            async with episode(environment, prompt, self._config) as ask:
+                player = Player(tokenizer=self._llm.tokenizer, config=self._config.environment, ask=ask)
+                rollout = await player.play(prompt, sampling, sample)
+        request.unfinished -= 1
+        if listener is not None:
+            # Not waited for, and of no consequence when it is lost: the group is scored all the same.
+            listener.hear.remote(prompt, rollout, index)
+        return rollout
+
+    async def _turn(self, request: _Request, turn: _Turn) -> Rollout:
         pieces: list[Any] = []
         while True:
             await self._unpaused(request)
             if request.aborted:
                 break
             cuts = self._cuts
-            pieces.append(await self._sample(request, index, pieces))
+            pieces.append(await self._sample(request, turn, pieces))
             if pieces[-1].finish_reason != "abort" or cuts == self._cuts:
                 break
-        request.unfinished -= 1
         if pieces and pieces[-1].finish_reason not in ("stop", "length", "abort"):
             raise EngineError(f"{self._name}: vLLM ended a completion with {pieces[-1].finish_reason!r}")
-        rollout = joined(pieces, request.prompt, request.sampling, self._llm.tokenizer, self._version)
-        if listener is not None:
-            # Not waited for, and of no consequence when it is lost: the group is scored all the same.
-            listener.hear.remote(request.prompt, rollout, index)
-        return rollout
+        return joined(pieces, turn.prompt, turn.sampling, self._llm.tokenizer, self._version)
 
-    async def _sample(self, request: _Request, index: int, before: Sequence[Any]) -> Any:
-        """What vLLM completes of one completion, up to a pause that aborts it."""
+    async def _sample(self, request: _Request, turn: _Turn, before: Sequence[Any]) -> Any:
+        """What vLLM completes of one turn, up to a pause that aborts it."""
         # Not TokensPrompt, which vLLM puts through a thread first: an abort meanwhile would not find it.
         from vllm.inputs import tokens_input
 
-        tokens = [*request.prompt.tokens.tolist(), *(token for piece in before for token in piece.token_ids)]
-        params = piece_params(request.sampling, index, before)
+        tokens = [*turn.prompt.tokens.tolist(), *(token for piece in before for token in piece.token_ids)]
+        params = piece_params(turn.sampling, turn.index, before)
         output: Any = None
-        name, lora = request.name_of(index), self._lora_request
+        name, lora = request.name_of(turn.index), self._lora_request
         async for answer in self._llm.generate(tokens_input(tokens), params, name, lora_request=lora):
             (output,) = answer.outputs
         return output
@@ -340,8 +368,8 @@ class Engine:
         if lost is not None:
             raise EngineError(f"{self._name}: {lost}; the cause is in the engine's log")
 
-    def _failure(self, what: str, error: Exception) -> EngineError:
-        if isinstance(error, EngineError):
+    def _failure(self, what: str, error: Exception) -> BasculeError:
+        if isinstance(error, EngineError | EnvironmentFailedError | ConfigError):
             return error
         return EngineError(f"{self._name}: {what}: vLLM failed: {self._processes.lost() or repr(error)}")
 
@@ -351,35 +379,3 @@ class Engine:
                 f"{self._name}: {what} refused: {self._failed_sync}; "
                 "weights must be sent again before it samples"
             )
-
-
-async def stream_completion(
-    arguments: Mapping[str, Any], tokens: Sequence[int], *, max_tokens: int, temperature: float, seed: int
-) -> AsyncGenerator[tuple[str, Sequence[int]]]:
-    """Text and tokens of one completion as they come, from an engine that lives for it alone.
-
-    Tokens at the end that are no whole character have no text. Raises EngineError.
-    """
-    from vllm import SamplingParams, TokensPrompt
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.sampling_params import RequestOutputKind
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    params = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, seed=seed, output_kind=RequestOutputKind.DELTA
-    )
-    try:
-        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-    except Exception as error:
-        raise EngineError(
-            f"vLLM did not start with {arguments['model']}: {error!r}; --backend transformers may take the model"
-        ) from error
-    try:
-        async for answer in llm.generate(TokensPrompt(prompt_token_ids=list(tokens)), params, "1"):
-            yield answer.outputs[0].text, answer.outputs[0].token_ids
-    except Exception as error:
-        raise EngineError(f"vLLM failed with {arguments['model']}: {error!r}") from error
-    finally:
-        llm.shutdown()
-        # Its destructor fails once the interpreter is going down, and this frame can live until then.
-        del llm

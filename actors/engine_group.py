@@ -42,6 +42,7 @@ class EngineGroup:
         self._give_weights: Callable[[Member], None] = pool.admit
         self._work: list[Work] = []
         self._listener_of: Callable[[Prompt], Any] = lambda _: None
+        self._environment_of: Callable[[Prompt], Any] = lambda _: None
 
     def __len__(self) -> int:
         return len(self.pool)
@@ -91,6 +92,10 @@ class EngineGroup:
     def heard_by(self, listener_of: Callable[[Prompt], Any]) -> None:
         """Tell the actor that this gives for a prompt of each of its completions as soon as it is there."""
         self._listener_of = listener_of
+
+    def play_with(self, environment_of: Callable[[Prompt], Any]) -> None:
+        """Let the actor that this gives for a prompt (EnvironmentWorker) answer the model between its turns."""
+        self._environment_of = environment_of
 
     def meet(
         self,
@@ -208,7 +213,8 @@ class EngineGroup:
                 engine = self._room.take(sampling.n, members)
                 if engine is None:
                     return
-                ref = members[engine].actor.generate.remote(prompt, sampling, self._listener_of(prompt))
+                others = self._listener_of(prompt), self._environment_of(prompt)
+                ref = members[engine].actor.generate.remote(prompt, sampling, *others)
                 work.running[ref] = Running(member=members[engine], request=work.waiting.pop())
 
     def _wait_for_a_group(self) -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.engine import stream_completion
 from actors.engine_settings import completion_arguments, engine_environment
+from actors.engine_stream import stream_completion
 from actors.engine_support import check_routing
 from actors.env import resolve_device
 from actors.model_source import is_torch_dist, load_tokenizer

@@ -101,6 +101,8 @@ def bundles_of(
     if config.algorithm == "grpo":
         worker = Bundle(owner="reward", cpus=_SMALL_CPUS, gpus=0, memory=_GIB // 2)
         small += [worker] * config.reward_workers.num_workers
+        if config.environment.function is not None:
+            small += [replace(worker, owner="environment")] * config.environment.num_processes
     if settings.placement == "trainer":
         ranks[0] = replace(ranks[0], memory=ranks[0].memory + held)
     else:

@@ -162,14 +162,19 @@ class RewardGroup:
         sources: Sequence[RewardSource],
         loaded: Sequence[Loaded],
         settings: RewardWorkersConfig,
+        environment_weight: float | None = None,
         make: Callable[[int, Sequence[RewardSource]], Any] | None = None,
         start_timeout_s: float = 600.0,
     ) -> None:
-        """`loaded` is what the workers say of the sources; `make` gives another one in place of a lost one."""
+        """`loaded` is what the workers say of the sources; `make` gives another one in place of a lost one.
+
+        With an `environment_weight` what the environment gave is one of the rewards; see Settler.
+        """
         self.workers = list(workers)
         self._make, self._start_timeout_s = make, start_timeout_s
         self._recoveries = 0
         self._event: Event = unheard
+        self._environment_weight = environment_weight
         self.sources: tuple[RewardSource, ...] = ()
         self._settings = settings
         self._use(sources, loaded)
@@ -232,7 +237,8 @@ class RewardGroup:
     def _use(self, sources: Sequence[RewardSource], loaded: Sequence[Loaded]) -> None:
         self.sources = tuple(sources)
         hashes = {each.name: each.sha256 for each in loaded if each.sha256 is not None}
-        self._settler = Settler({each.name: each.config for each in sources}, self._settings, hashes)
+        configs = {each.name: each.config for each in sources}
+        self._settler = Settler(configs, self._settings, hashes, self._environment_weight)
 
     def _send(self, group: Group) -> tuple[Any, _Pending]:
         worker = self._place_of(group.prompt)
@@ -333,7 +339,9 @@ def create_reward_group(
     started = [worker.start.remote() for worker in workers]
     # A worker whose functions take too long to load says so itself, and by name.
     loaded = get_all(started, owners, timeout_s=timeout_s + MARGIN_S, phase="load rewards")
-    return RewardGroup(workers, sources, loaded[0], config.reward_workers, make, timeout_s)
+    environment, settings = config.environment, config.reward_workers
+    weight = None if environment.function is None else environment.weight
+    return RewardGroup(workers, sources, loaded[0], settings, weight, make, timeout_s)
 
 
 class SwappableRewards:

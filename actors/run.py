@@ -11,6 +11,7 @@ from actors.adapter_source import find_adapter, read_adapter
 from actors.cluster import connect
 from actors.console import Console
 from actors.distill import Lessons, describe_lessons, find_teacher, make_lessons, run_gkd
+from actors.engine_episode import check_template
 from actors.engine_support import check_adapter_modules
 from actors.env import check_one_source, resolve_device
 from actors.lengths import check_micro_batches, check_prompts
@@ -26,6 +27,7 @@ from algorithms import grpo, sft
 from algorithms.conversations import Samples, make_prompts, make_sft_samples
 from algorithms.data import Prompt
 from algorithms.datasets import read_splits
+from algorithms.environments.loading import Environment, load_environment
 from algorithms.formula import doubts, loss_line
 from algorithms.prompts import PromptStream
 from algorithms.rewards.loading import Reward, load_rewards
@@ -36,6 +38,7 @@ from bridge.frozen import frozen_parameters
 from bridge.model_bridge import ModelBridge
 from bridge.partial_directory import check_replaceable
 from bridge.rules import MegatronSpec
+from configs.environment import ENVIRONMENT
 from configs.errors import BasculeError, ConfigError
 from configs.load import dump_config
 from configs.schema import RunConfig, with_steps_of_epochs
@@ -57,6 +60,7 @@ class Prepared:
     samples: Samples
     held_out_samples: Samples
     rewards: tuple[Reward, ...]
+    environment: Environment | None
     lessons: Lessons | None
     """Of gkd."""
 
@@ -98,6 +102,7 @@ def prepare(config: RunConfig) -> Prepared:
     if config.algorithm == "sft":
         config = with_steps_of_epochs(config, len(samples.kept))
     rewards = load_rewards(config.rewards) if is_grpo else ()
+    environment = _environment(config, rewards, tokenizer)
     check_prompts([*prompts, *held_out], config, spec)
     packed = [*samples.kept, *held_out_samples.kept]
     check_micro_batches(prompts, [*packed, *(lessons.samples + lessons.held_out if lessons else ())], config)
@@ -105,6 +110,8 @@ def prepare(config: RunConfig) -> Prepared:
     for columns in {frozenset(prompt.columns) for prompt in [*prompts, *held_out]}:
         for reward in rewards:
             check_arguments(reward.signature, reward.config.spelled, columns)
+        if environment is not None:
+            environment.check_columns(columns)
     return Prepared(
         config=config,
         sources=sources,
@@ -117,8 +124,22 @@ def prepare(config: RunConfig) -> Prepared:
         samples=samples,
         held_out_samples=held_out_samples,
         rewards=tuple(rewards),
+        environment=environment,
         lessons=lessons,
     )
+
+
+def _environment(config: RunConfig, rewards: Sequence[Reward], tokenizer: Any) -> Environment | None:
+    """The run's environment, loaded here for its checks alone. Raises ConfigError."""
+    if config.environment.function is None:
+        return None
+    if any(reward.name == ENVIRONMENT for reward in rewards):
+        raise ConfigError(
+            f"rewards: {ENVIRONMENT} is what the environment's own rewards are called; give the reward of that "
+            "name another `name`"
+        )
+    check_template(tokenizer, config.environment.role)
+    return load_environment(config.environment)
 
 
 def _with_reference(config: RunConfig, sources: Sources, policy: CheckedModel) -> Sources:
@@ -203,6 +224,7 @@ def _run_grpo(
     directory: Path,
     console: Console,
 ) -> None:
+    from actors.environment_worker import create_environment
     from actors.launch import launch
     from actors.reward_worker import SwappableRewards, create_reward_group
 
@@ -216,6 +238,10 @@ def _run_grpo(
         write_rewards(directory, config.rewards)
         judge = create_reward_group(config, reservation.group, reservation.indices("reward"))
         actors.engines.heard_by(judge.worker_for)
+        environment = None
+        if prepared.environment is not None:
+            environment = create_environment(config, reservation)
+            actors.engines.play_with(environment.worker_for)
         console.line(f"trainers, engines and bridge are up after {time.monotonic() - start:.1f}s")
         roles = Roles(
             trainer=actors.trainers,
@@ -229,6 +255,8 @@ def _run_grpo(
             grpo.train(config, roles, prompts, prepared.held_out)
     actors.trainers.save_last()
     judge.close()
+    if environment is not None:
+        environment.close()
 
 
 def _run_sft(
@@ -354,6 +382,7 @@ def describe(prepared: Prepared) -> Sequence[str]:
             f"{settings.optimizer_steps} optimizer step(s)",
             *loss,
             *(reward.describe() for reward in prepared.rewards),
+            *([] if prepared.environment is None else [prepared.environment.describe(config.environment)]),
         ]
     elif prepared.lessons is not None:
         lines += [*describe_lessons(config, prepared.sources, prepared.lessons), *loss]

@@ -52,11 +52,12 @@ class SamplingSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """One completion.
+    """One completion, or one episode: what came after the prompt.
 
-    `tokens` and `logprobs` (natural logarithm, under the sampling distribution) have one entry per
-    sampled token, the end-of-sequence or stop token included; `loss_mask` is 1 for tokens to train on.
-    `versions` are the oldest and newest weight version that produced it.
+    `tokens` and `logprobs` (natural logarithm, under the sampling distribution) have one entry per sampled token,
+    the end-of-sequence or stop token included; `loss_mask` is 1 for tokens to train on. Tokens of observations,
+    which were not sampled, are among them with a log-probability and a mask of 0. `text` is that of the last
+    turn, `finish` how that ended. `versions` are the oldest and newest weight version that produced it.
     """
 
     tokens: IntRow
@@ -65,6 +66,20 @@ class Rollout:
     finish: Finish
     loss_mask: IntRow
     versions: tuple[int, int]
+    turns: tuple[Message, ...] = ()
+    """What model and environment said in turn; empty where there is no environment."""
+    environment_reward: float | None = None
+    """Sum of what the environment gave for the turns, None if it gave nothing."""
+
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        """`turns`, or the completion as the only one."""
+        return self.turns or ({"role": "assistant", "content": self.text},)
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that were sampled."""
+        return int(self.loss_mask.sum())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,7 +175,8 @@ class TokenRecord:
     """What was thought of the tokens of one completion of a generation step; a row has one entry per token.
 
     `logprobs` are the engine's, the others the trainer's before the first optimizer step of the generation step
-    and after its last. `index` is the number of the completion in its group.
+    and after its last; all are NaN for tokens of observations. `index` is the number of the completion in its
+    group.
     """
 
     prompt_id: str

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from algorithms.data import Prompt, SamplingSettings, Scored
+from algorithms.data import Prompt, Rollout, SamplingSettings, Scored
 from algorithms.roles import Judge, Sampler
 from configs.grpo import GRPOConfig
 
@@ -43,7 +43,7 @@ def reward_metrics(scored: Sequence[Scored]) -> dict[str, float]:
     """Means over completions: reward, spread in groups, value and share of None by function, lengths."""
     rewards = np.stack([each.rewards for each in scored])
     rollouts = [rollout for each in scored for rollout in each.group.rollouts]
-    lengths = np.array([rollout.tokens.size for rollout in rollouts])
+    lengths = np.array([rollout.num_sampled for rollout in rollouts])
     known = rewards[~np.isnan(rewards)]
     spread = [float(np.std(row[~np.isnan(row)])) for row in rewards if not np.isnan(row).all()]
     metrics = {
@@ -54,9 +54,22 @@ def reward_metrics(scored: Sequence[Scored]) -> dict[str, float]:
         "completions/clipped_ratio": float(np.mean([rollout.finish == "length" for rollout in rollouts])),
         "completions/aborted_ratio": float(np.mean([rollout.finish == "abort" for rollout in rollouts])),
     }
+    if any(rollout.turns for rollout in rollouts):
+        metrics |= _of_episodes(rollouts)
     for name in scored[0].parts:
         metrics |= _of_reward(name, scored)
     return metrics
+
+
+def _of_episodes(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Turns of the model, and tokens of observations, which are not in the lengths of completions."""
+    turns = [sum(message["role"] == "assistant" for message in rollout.turns) for rollout in rollouts]
+    observed = [rollout.tokens.size - rollout.num_sampled for rollout in rollouts]
+    return {
+        "episodes/mean_turns": float(np.mean(turns)),
+        "episodes/max_turns": float(max(turns)),
+        "episodes/mean_observation_tokens": float(np.mean(observed)),
+    }
 
 
 def _of_reward(name: str, scored: Sequence[Scored]) -> dict[str, float]:

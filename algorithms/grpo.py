@@ -89,4 +89,4 @@ def _means(results: Sequence[StepResult]) -> dict[str, float]:
 
 
 def _tokens(scored: Sequence[Scored]) -> int:
-    return sum(rollout.tokens.size for each in scored for rollout in each.group.rollouts)
+    return sum(rollout.num_sampled for each in scored for rollout in each.group.rollouts)

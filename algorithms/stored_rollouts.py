@@ -50,6 +50,8 @@ def stored_row(step: int, split: str, scored: Scored, index: int) -> dict[str, A
         "weight_versions": rollout.versions,
         "columns": json.loads(json.dumps(columns, default=str)),
     }
+    if rollout.turns:
+        row |= {"turns": [dict(turn) for turn in rollout.turns], "loss_mask": rollout.loss_mask.tolist()}
     return row | {name: values for name, values in _said(verdicts).items() if values}
 
 
@@ -146,6 +148,7 @@ def _rollout_of(row: Mapping[str, Any]) -> Rollout:
         logprobs=float_row(np.zeros(tokens.size)),
         text=row["completion"],
         finish=row["finish"],
-        loss_mask=int_row(np.ones(tokens.size)),
+        loss_mask=int_row(row.get("loss_mask", np.ones(tokens.size))),
         versions=(oldest, newest),
+        turns=tuple(row.get("turns", ())),
     )

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import numpy as np
 
 from algorithms.clock import Clock
-from algorithms.data import TokenRecord, float_row
-from algorithms.experience import Experience
+from algorithms.data import FloatRow, TokenRecord, TrainSample, float_row
+from algorithms.experience import Experience, Origin
 from algorithms.packing import pack, unpack
 from algorithms.roles import Roles
 from configs.schema import RunConfig
@@ -42,10 +42,15 @@ def recording(
                     index=origin.index,
                     advantage=float(sample.advantages[np.argmax(sample.loss_mask > 0)]),
                     tokens=sample.tokens[origin.start :],
-                    logprobs=sample.logprobs[origin.start :],
-                    trainer_logprobs=float_row(old[origin.start :]),
-                    updated_logprobs=float_row(new[origin.start :]),
+                    logprobs=_sampled(sample.logprobs, sample, origin),
+                    trainer_logprobs=_sampled(old, sample, origin),
+                    updated_logprobs=_sampled(new, sample, origin),
                 )
                 for sample, origin, old, new in rows
             ],
         )
+
+
+def _sampled(row: FloatRow, sample: TrainSample, origin: Origin) -> FloatRow:
+    """What belongs to the completion, NaN for tokens that were not sampled."""
+    return float_row(np.where(sample.loss_mask > 0, row, np.nan)[origin.start :])

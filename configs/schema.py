@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from configs.data import DataConfig, check_data
+from configs.environment import EnvironmentConfig, check_environment
 from configs.errors import ConfigError
 from configs.gkd import GKDConfig, check_gkd
 from configs.grpo import GRPOConfig, check_grpo
@@ -226,6 +227,7 @@ class RunConfig(Section):
     data: DataConfig
     rewards: tuple[RewardConfig, ...] = ()
     reward_workers: RewardWorkersConfig = RewardWorkersConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
     bridge: BridgeConfig = BridgeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     record: RecordConfig = RecordConfig()
@@ -287,7 +289,7 @@ class RunConfig(Section):
     def _rules_between_sections(self) -> Self:
         trainer, grpo = self.trainer, self.grpo
         if self.algorithm == "grpo":
-            if not self.rewards:
+            if not self.rewards and self.environment.function is None:
                 raise ValueError("rewards: grpo needs at least one reward function")
             check_grpo(grpo)
             room, counts = self.rollout.max_num_seqs, (grpo.num_generations, grpo.eval_num_generations)
@@ -305,6 +307,7 @@ class RunConfig(Section):
             teachers = (self.model.teacher_model, self.model.mcore_teacher_model)
             check_gkd(self.gkd, has_teacher_model=any(each is not None for each in teachers))
         check_algorithms_own(self)
+        check_environment(self)
         check_data(self.data)
         check_tuner(self.tuner)
         self._check_lora_engines()

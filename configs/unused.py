@@ -16,6 +16,7 @@ def check_algorithms_own(config: "RunConfig") -> None:
         ("grpo", "model.ref_model", model.ref_model),
         ("grpo", "model.mcore_ref_model", model.mcore_ref_model),
         ("grpo", "tuner.ref_adapters", config.tuner.ref_adapters),
+        ("grpo", "environment.function", config.environment.function),
         ("sft", "sft.num_train_epochs", config.sft.num_train_epochs),
     )
     for algorithm, name, value in given:

@@ -65,6 +65,8 @@ class Prepared:
                 offered = self._of_batch(group)
             case "group":
                 offered = {**group.prompt.columns, "group": group}
+            case "turn" | "episode":
+                raise AssertionError("styles of environments")
         self.arguments = _chosen(offered, reward, call)
 
     def verdicts(self, result: object, seconds: float) -> list[Verdict]:
@@ -93,7 +95,7 @@ class Prepared:
         count, columns = len(rollouts), prompt.columns
         texts: list[Any] = [rollout.text for rollout in rollouts]
         messages = [dict(message) for message in prompt.messages]
-        replies = [[{"role": "assistant", "content": text}] for text in texts]
+        replies = [[dict(turn) for turn in rollout.conversation] for rollout in rollouts]
         talks = _is_conversation(columns)
         tokens = [rollout.tokens.tolist() for rollout in rollouts]
         # ms-swift's classes find the reply at the end of `messages`.
@@ -101,6 +103,7 @@ class Prepared:
         return {
             **{name: [value] * count for name, value in columns.items()},
             "completions": replies if takes_messages(self._reward, columns) else texts,
+            "turns": replies,
             "prompts": [messages if talks else prompt_text(prompt)] * count,
             "messages": histories,
             "completion_ids": tokens,
@@ -200,6 +203,7 @@ def _of_sample(group: Group, index: int) -> dict[str, Any]:
     return {
         **columns,
         "completion": rollout.text,
+        "turns": [dict(turn) for turn in rollout.conversation],
         "prompt": prompt_text(prompt),
         "messages": [dict(message) for message in prompt.messages],
         "tokens": rollout.tokens,

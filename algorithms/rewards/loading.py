@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -25,7 +25,7 @@ from configs.rewards import RewardConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardSource:
-    """A reward as text, so that a machine without the file can load it; pickles.
+    """A reward, or another `noun`, as text, so that a machine without the file can load it; pickles.
 
     `path` is the file as the config names it, and `text` its content; both are None for a module's function,
     a built-in, a server and a model. `folder` is importable while the function is loaded.
@@ -38,6 +38,12 @@ class RewardSource:
     path: str | None = None
     text: str | None = None
     folder: str | None = None
+    noun: str = "reward"
+
+    @property
+    def title(self) -> str:
+        """What to call it in messages."""
+        return f"{self.noun} {self.config.spelled}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,27 +102,27 @@ def read_sources(configs: Sequence[RewardConfig]) -> tuple[RewardSource, ...]:
     return tuple(sources)
 
 
-def read_source(config: RewardConfig, name: str | None = None) -> RewardSource:
+def read_source(config: RewardConfig, name: str | None = None, *, noun: str = "reward") -> RewardSource:
     """The source of one function; reads its file, imports nothing. Raises ConfigError."""
-    name = name or config.name or _default_name(config)
+    name = name or config.name or _default_name(config, noun)
     if config.function is None:
-        return RewardSource(config=config, name=name, function=name)
-    place, function = _split(config.function)
+        return RewardSource(config=config, name=name, function=name, noun=noun)
+    place, function = _split(config.function, noun)
+    source = RewardSource(config=config, name=name, function=function, noun=noun)
     if place is None:
-        return RewardSource(config=config, name=name, function=function)
+        return source
     if not place.endswith(".py"):
-        return RewardSource(config=config, name=name, function=function, module=place, folder=str(Path.cwd()))
+        return replace(source, module=place, folder=str(Path.cwd()))
     path = Path(place)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(
-            f"reward {config.spelled}: {place} cannot be read: {reason} "
-            "(the path starts from the current folder)"
+            f"{source.title}: {place} cannot be read: {reason} (the path starts from the current folder)"
         ) from None
     folder = str(path.resolve().parent)
-    return RewardSource(config=config, name=name, function=function, path=place, text=text, folder=folder)
+    return replace(source, path=place, text=text, folder=folder)
 
 
 def build_reward(source: RewardSource) -> Reward:
@@ -126,7 +132,7 @@ def build_reward(source: RewardSource) -> Reward:
     """
     config = source.config
     kwargs: Mapping[str, Any] = config.kwargs
-    found, path, sha256 = _load(source)
+    found, path, sha256 = load_code(source)
     if not callable(found):
         raise ConfigError(f"reward {config.spelled}: {source.function} is not a function but {found!r}")
     of_class = inspect.isclass(found)
@@ -144,8 +150,8 @@ def build_reward(source: RewardSource) -> Reward:
     )
 
 
-def _load(source: RewardSource) -> tuple[object, str | None, str | None]:
-    """The function or class, its file and the file's hash."""
+def load_code(source: RewardSource) -> tuple[object, str | None, str | None]:
+    """The function or class, its file and the file's hash. Raises ConfigError."""
     config = source.config
     if config.url is not None:
         return RewardServer(config.url), None, None
@@ -207,19 +213,19 @@ def _frames(trace: TracebackType | None) -> list[traceback.FrameSummary]:
     return [frame for frame in traceback.extract_tb(trace) if frame.filename not in internal]
 
 
-def _default_name(config: RewardConfig) -> str:
+def _default_name(config: RewardConfig, noun: str = "reward") -> str:
     if config.function is not None:
-        return _split(config.function)[1]
+        return _split(config.function, noun)[1]
     return "url" if config.url is not None else "model"
 
 
-def _split(spelled: str) -> tuple[str | None, str]:
+def _split(spelled: str, noun: str) -> tuple[str | None, str]:
     """File or module, None for a built-in, and the function's name."""
     place, colon, function = spelled.rpartition(":")
     if colon and place and function:
         return place, function
     if colon or spelled.endswith(".py"):
-        raise ConfigError(f"reward {spelled}: write `file.py:name` or `package.module:name`")
+        raise ConfigError(f"{noun} {spelled}: write `file.py:name` or `package.module:name`")
     return None, spelled
 
 
@@ -270,7 +276,7 @@ def _import_module(source: RewardSource) -> ModuleType:
 
 def _failure(source: RewardSource, what: str, error: BaseException, path: str | None) -> ConfigError:
     place = error_line(error, path)
-    return ConfigError(f"reward {source.config.spelled} {what}: {type(error).__name__}: {error} ({place})")
+    return ConfigError(f"{source.title} {what}: {type(error).__name__}: {error} ({place})")
 
 
 def _find(module: ModuleType, source: RewardSource) -> object:
@@ -284,14 +290,14 @@ def _find(module: ModuleType, source: RewardSource) -> object:
         and value.__module__ == module.__name__
         and not name.startswith("_")
     ]
-    raise ConfigError(f"reward {source.config.spelled}: no function {source.function}{_others(source, own)}")
+    raise ConfigError(f"{source.title}: no function {source.function}{_others(source, own)}")
 
 
 def _find_builtin(source: RewardSource) -> object:
-    known = builtin.functions()
+    known = builtin.functions() if source.noun == "reward" else {}
     if source.function not in known:
         raise ConfigError(
-            f"reward {source.function} is not built in{_others(source, known)}; a function of your own is "
+            f"{source.noun} {source.function} is not built in{_others(source, known)}; a function of your own is "
             "`file.py:name` or `package.module:name`"
         )
     return known[source.function]

@@ -54,9 +54,16 @@ class RewardChild:
     """A child process that has loaded some rewards, and the pipe to it; it is started anew when it has ended."""
 
     def __init__(
-        self, sources: Sequence[RewardSource], *, start_timeout_s: float, for_async: bool = False
+        self,
+        sources: Sequence[RewardSource],
+        *,
+        start_timeout_s: float,
+        for_async: bool = False,
+        program: str = CHILD,
     ) -> None:
+        """`program` is Python that serves the pipe whose number it is given: first (sources, for_async) comes."""
         self._sources, self._start_timeout_s, self._for_async = tuple(sources), start_timeout_s, for_async
+        self._program = program
         self.loaded: tuple[Loaded, ...] = ()
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
@@ -69,15 +76,15 @@ class RewardChild:
         ours, theirs = Pipe()
         self._connection = ours
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", CHILD, str(theirs.fileno())],
+            [sys.executable, "-P", "-c", self._program, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             start_new_session=True,
         )
         theirs.close()
-        names = ", ".join(source.name for source in self._sources)
+        names = ", ".join(f"{source.noun} {source.name}" for source in self._sources)
         self.send((self._sources, self._for_async))
-        self.loaded = self.receive(self._start_timeout_s, f"rewards {names}: while being loaded")
+        self.loaded = self.receive(self._start_timeout_s, f"{names}: while being loaded")
 
     def send(self, value: object) -> None:
         """Give it something to do. Of a child that is gone `receive` tells."""

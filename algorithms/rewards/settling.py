@@ -8,6 +8,7 @@ import numpy as np
 
 from algorithms.data import FloatRow, Group, Scored, Verdict, float_row
 from algorithms.rewards.calling import RewardError
+from configs.environment import ENVIRONMENT
 from configs.rewards import OnError, RewardConfig, RewardWorkersConfig
 
 
@@ -19,10 +20,17 @@ class Settler:
         rewards: Mapping[str, RewardConfig],
         settings: RewardWorkersConfig,
         sources: Mapping[str, str] | None = None,
+        environment_weight: float | None = None,
     ) -> None:
-        """`sources` are the hashes of the rewards' files, which groups carry along."""
+        """`sources` are the hashes of the rewards' files, which groups carry along.
+
+        With an `environment_weight` what the environment gave is a reward named `environment`.
+        """
         self._rewards, self._settings = dict(rewards), settings
+        self._environment_weight = environment_weight
         self._weights = {name: config.weight for name, config in rewards.items()}
+        if environment_weight is not None:
+            self._weights[ENVIRONMENT] = environment_weight
         self._sources = dict(sources or {})
         self._calls = dict.fromkeys(rewards, 0)
         self._failed = {name: deque[bool](maxlen=settings.error_window) for name in rewards}
@@ -48,7 +56,9 @@ class Settler:
                         dropped[:] = True
                     case _:
                         pass
-        sums = np.where(dropped, np.nan, self._sums(parts, size))
+        sums = np.where(dropped, np.nan, self._sums(parts, group))
+        if self._environment_weight is not None:
+            parts[ENVIRONMENT] = tuple(rollout.environment_reward or 0.0 for rollout in group.rollouts)
         return Scored(
             group=group,
             rewards=float_row(sums),
@@ -85,11 +95,15 @@ class Settler:
                     f"reward_workers.max_error_ratio {settings.max_error_ratio:g} allows: {last}"
                 )
 
-    def _sums(self, parts: Mapping[str, Sequence[float | None]], size: int) -> list[float]:
+    def _sums(self, parts: Mapping[str, Sequence[float | None]], group: Group) -> list[float]:
         sums: list[float] = []
-        for index in range(size):
+        for index, rollout in enumerate(group.rollouts):
             values = [(config.weight, parts[name][index]) for name, config in self._rewards.items()]
             known = [weight * value for weight, value in values if value is not None]
+            given, weight = rollout.environment_reward, self._environment_weight
+            # Nothing given is 0, but does not make up for functions of which none applied.
+            if weight is not None and (given is not None or known or not values):
+                known.append(weight * (given or 0.0))
             sums.append(math.fsum(known) if known else math.nan)
         return sums
 

@@ -18,6 +18,7 @@ from actors.engine import EngineError
 from actors.engine_group import EngineGroup
 from actors.engine_pool import EnginePool
 from algorithms.data import Group, SamplingSettings
+from tests.actors.engine_episodes import assert_episodes_are_transformers
 from tests.actors.engine_helpers import (
     EOS,
     Rig,
@@ -156,6 +157,10 @@ def test_score_is_the_log_probability_of_given_tokens(rigs: dict[str, Rig], fami
 def test_too_long_prompt_is_named(rigs: dict[str, Rig]) -> None:
     with pytest.raises(EngineError, match=r"prompt p4: 120 tokens .* max_model_len 128"):
         ask(rigs["llama"], "generate", prompt(4, length=120), settings(max_tokens=9))
+
+
+def test_episodes_are_rows_like_transformers(rigs: dict[str, Rig], tmp_path: Path) -> None:
+    assert_episodes_are_transformers(rigs["llama"], tmp_path)
 
 
 def test_both_engines_of_a_group_get_work(rigs: dict[str, Rig]) -> None:

@@ -38,7 +38,7 @@ class Engine:
             await asyncio.sleep(0.05)
         raise BasculeError("its core is gone")
 
-    async def generate(self, one: Prompt, sampling: SamplingSettings) -> Group:
+    async def generate(self, one: Prompt, sampling: SamplingSettings, *others: object) -> Group:
         if one.id == "p13":
             raise BasculeError("a prompt that no engine takes")
         deadline = time.monotonic() + (1.0 if sampling.max_tokens > 12 else 0.0)
