@@ -106,12 +106,7 @@ def prepare(config: RunConfig) -> Prepared:
     check_prompts([*prompts, *held_out], config, spec)
     packed = [*samples.kept, *held_out_samples.kept]
     check_micro_batches(prompts, [*packed, *(lessons.samples + lessons.held_out if lessons else ())], config)
-    # Rows may have different columns; each kind of row is checked once.
-    for columns in {frozenset(prompt.columns) for prompt in [*prompts, *held_out]}:
-        for reward in rewards:
-            check_arguments(reward.signature, reward.config.spelled, columns)
-        if environment is not None:
-            environment.check_columns(columns)
+    _check_columns([*prompts, *held_out], rewards, environment)
     return Prepared(
         config=config,
         sources=sources,
@@ -127,6 +122,17 @@ def prepare(config: RunConfig) -> Prepared:
         environment=environment,
         lessons=lessons,
     )
+
+
+def _check_columns(
+    prompts: Sequence[Prompt], rewards: Sequence[Reward], environment: Environment | None
+) -> None:
+    """Raises ConfigError for an argument that no row has. Rows of the same columns are checked once."""
+    for columns in {frozenset(prompt.columns) for prompt in prompts}:
+        for reward in rewards:
+            check_arguments(reward.signature, reward.config.spelled, columns)
+        if environment is not None:
+            environment.check_columns(columns)
 
 
 def _environment(config: RunConfig, rewards: Sequence[Reward], tokenizer: Any) -> Environment | None:

@@ -42,11 +42,13 @@ def right(completion: str, answer: str) -> float:
 
 
 def asked(turns: list[dict[str, str]], prompt: str) -> float:
-    """1 when the first turn gave the calculator the question."""
-    return float(turns[0]["content"].strip() == f"<calc>{prompt}</calc>")
+    """How much of the first turn gives the calculator the question, as a share of characters in their place."""
+    wanted, found = f"<calc>{prompt}</calc>", turns[0]["content"].strip()
+    same = sum(left == right for left, right in zip(wanted, found, strict=False))
+    return same / max(len(wanted), len(found))
 
 
-def write(folder: Path, seed: int = 1, warm_up: int = 200, train: int = 4000, held_out: int = 200) -> None:
+def write(folder: Path, seed: int = 1, warm_up: int = 1000, train: int = 4000, held_out: int = 200) -> None:
     """Products of two numbers of two digits; no question of eval.jsonl is in the other files."""
     pairs = [(left, right) for left in range(10, 100) for right in range(10, 100)]
     random.Random(seed).shuffle(pairs)

@@ -15,9 +15,11 @@ import yaml
 from actors.reward_command import parse_reward
 from actors.tiny_model import build_tiny_model, write_arithmetic
 from algorithms.data import Group, Prompt, Rollout, Span, float_row, int_row
+from algorithms.environments.loading import load_environment
 from algorithms.rewards.calling import calls_of
 from algorithms.rewards.child import call_async, call_now
 from algorithms.rewards.loading import load_reward, load_rewards
+from configs.environment import EnvironmentConfig
 from configs.export import ExportConfig, InferConfig
 from configs.load import load_config, load_settings
 from configs.plan import PlanConfig
@@ -142,3 +144,11 @@ def test_the_demo_configs_fit_the_tiny_model(
     assert main(["plan", "--config", str(ROOT / "configs/sft-tiny.yaml")]) == 0
     assert main(["plan", "--config", str(ROOT / "configs/grpo-tiny.yaml"), "--model", "runs/tiny/base"]) == 0
     assert "2 ranks = tensor 2" in capsys.readouterr().out
+
+
+def test_the_example_environment_calculates_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    calculator = load_environment(EnvironmentConfig(function="examples/calculator.py:calculator")).function
+    asked = {"12*34": "408", "2+3*-4": "error", "7-9": "-2", "__import__('os')": "error", "9**9**9": "error"}
+    assert {text: calculator(completion=f"<calc>{text}</calc>") for text in asked} == asked
+    assert calculator(completion="408") is None

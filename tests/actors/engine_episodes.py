@@ -1,5 +1,6 @@
 """Episodes of a real engine and a real environment worker, against transformers on the same row of tokens."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ def assert_episodes_are_transformers(rig: Rig, folder: Path) -> None:
     ray.get(worker.start.remote(), timeout=90)
     # Most turns end after a few words.
     sampling = settings(n=4, max_tokens=60, seed=3, stop=tuple(f"w{word}" for word in range(100, 200)))
-    group = ask(rig, "generate", prompt(0), sampling, None, worker)
-    again = ask(rig, "generate", prompt(0), sampling, None, worker)
+    question = replace(prompt(0), columns={"prompt": "any"})
+    group = ask(rig, "generate", question, sampling, None, worker)
+    again = ask(rig, "generate", question, sampling, None, worker)
     whole = [rollout for rollout in group.rollouts if len(rollout.turns) == 6]
     assert whole
     assert len({tuple(rollout.tokens) for rollout in group.rollouts}) == 4

@@ -106,9 +106,8 @@ def test_length_and_stop_are_told_apart_and_the_last_token_is_kept(rigs: dict[st
     word = f"w{likeliest[3]}"
     assert likeliest.index(likeliest[3]) == 3
     cut = generate(rig, (prompt(0), settings(max_tokens=6, temperature=0.0)))["p0"].rollouts[0]
-    stopped = generate(rig, (prompt(0), settings(max_tokens=6, temperature=0.0, stop=(word,))))[
-        "p0"
-    ].rollouts[0]
+    stopping = settings(max_tokens=6, temperature=0.0, stop=(word,))
+    stopped = generate(rig, (prompt(0), stopping))["p0"].rollouts[0]
     assert (cut.finish, cut.tokens.tolist()) == ("length", likeliest)
     assert cut.text.split() == [f"w{token}" for token in likeliest]
     assert (stopped.finish, stopped.tokens.tolist()) == ("stop", likeliest[:4])

@@ -4,10 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from algorithms.data import Batch, FloatRow, Group, Prompt, Rollout, Scored, StepResult, float_row, int_row
 from algorithms.experience import gather, optimizer_batches, untrained
 from algorithms.packing import Rows
+from algorithms.policy_loss import policy_loss
+from algorithms.roles import Predictions
 from algorithms.rollouts import is_trained_on
 from configs.schema import RunConfig
 
@@ -172,3 +175,27 @@ def test_a_completion_of_no_tokens_is_not_trained_on() -> None:
     (sample,) = gather([empty], config(), Trainer()).samples
     assert sample.tokens.tolist() == [1, 2, 40]
     assert optimizer_batches([], config()) == []
+
+
+def test_tokens_of_observations_have_no_advantage_and_no_gradient() -> None:
+    observed = replace(rollout([10, 11, 12]), loss_mask=int_row([1, 0, 1]), logprobs=float_row([-1, 0, -1]))
+    groups = [group([1.0, 0.0], observed, rollout([20, 21]))]
+    samples = gather(groups, config(), Trainer()).samples
+    np.testing.assert_array_equal(samples[0].advantages, [0, 0, 0.5, 0, 0.5])
+
+    def gradient(advantage: float, logprob: float) -> tuple[list[float], dict[str, float]]:
+        changed = [*samples[0].advantages[:3], advantage, samples[0].advantages[4]]
+        engine = [*samples[0].logprobs[:3], logprob, samples[0].logprobs[4]]
+        sample = replace(samples[0], advantages=float_row(changed), logprobs=float_row(engine))
+        (batch,) = optimizer_batches([sample], config(importance_sampling_level="sequence"))
+        micro = batch.ranks[0][0]
+        row = torch.full((micro.tokens_T.size,), -0.9, requires_grad=True)
+        loss = policy_loss(config(importance_sampling_mode="sequence_truncate").grpo)
+        value, sums = loss(Predictions(logprobs_T=row, entropy_T=row.detach()), micro)
+        value.backward()
+        assert row.grad is not None
+        return row.grad.tolist(), {name: float(each) for name, each in sums.items()}
+
+    assert gradient(0.0, 0.0) == gradient(7.0, -5.0)
+    # The prediction of the observation is the third.
+    assert [value != 0 for value in gradient(0.0, 0.0)[0][:4]] == [False, True, False, True]

@@ -32,6 +32,7 @@ def config(algorithm: str, model: dict[str, Any] | None = None, **sections: Any)
             "tuner.ref_adapters",
             "grpo",
         ),
+        (["gkd", "sft"], {"environment": {"function": "f.py:g"}}, "environment.function", "grpo"),
         (["grpo", "gkd"], {"sft": {"num_train_epochs": 2}}, "sft.num_train_epochs", "sft"),
     ],
 )
@@ -49,3 +50,11 @@ def test_what_only_another_algorithm_would_use_is_refused(
 def test_what_contradicts_itself_in_the_section_of_another_algorithm_is_not_looked_at() -> None:
     settings = {"beta": 0.1, "sync_ref_model": True}
     assert config("sft", grpo=settings, tuner={"tuner_type": "lora"}).grpo.sync_ref_model
+
+
+def test_options_of_an_environment_that_is_not_there_are_refused() -> None:
+    with pytest.raises(
+        ValidationError, match=r"environment\.max_turns: is not used without environment\.function"
+    ):
+        config("grpo", environment={"max_turns": 2})
+    assert config("grpo", environment={"function": "f.py:g"}, rewards=[]).rewards == ()

@@ -145,7 +145,10 @@ def test_arguments_are_checked_against_columns() -> None:
         check_arguments(reward.signature, "f", ["answers", "level"])
     message = str(caught.value)
     assert "asks for the argument 'answer' (did you mean answers?)" in message
-    assert "completion, prompt, messages, tokens, finish, the dataset's columns (answers, level)" in message
+    assert (
+        "completion, turns, prompt, messages, tokens, finish, the dataset's columns (answers, level)"
+        in message
+    )
     fixed = load_reward(RewardConfig(function="my/rewards.py:accuracy", kwargs={"answer": "5"}))
     check_arguments(fixed.signature, "f", [])
     assert (

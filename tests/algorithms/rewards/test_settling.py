@@ -1,6 +1,7 @@
 """Rewards of groups against sums by hand, and what failed calls do to them."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -104,3 +105,15 @@ def test_spans_credit_tokens() -> None:
     ):
         settler.settle(group("a"), {"f": [Verdict(value=1.0, spans=(Span(start=1, end=3, value=1.0),))]})
     assert settler.settle(group("a"), {"f": good(1.0)}).credits == ()
+
+
+def test_what_the_environment_gave_is_a_reward() -> None:
+    first, second, third = group("a", "b", "c").rollouts
+    given = [replace(first, environment_reward=2.0), second, replace(third, environment_reward=-1.0)]
+    whole = replace(group("a", "b", "c"), rollouts=tuple(given))
+    said = {"r": [Verdict(value=1.0), Verdict(), Verdict()]}
+    scored = Settler({"r": RewardConfig(function="r")}, RewardWorkersConfig(), 0.5).settle(whole, said)
+    np.testing.assert_array_equal(scored.rewards, [2.0, np.nan, -0.5])
+    assert scored.parts["environment"] == (2.0, 0.0, -1.0)
+    alone = Settler({}, RewardWorkersConfig(), 0.5).settle(whole, {})
+    np.testing.assert_array_equal(alone.rewards, [1.0, 0.0, -0.5])
