@@ -308,4 +308,4 @@ def test_the_command_serves_until_it_is_interrupted_and_loads_nothing_heavy(run_
     assert process.returncode == 0
     assert out == ""
     loaded = set(json.loads(err.replace("'", '"')))
-    assert not loaded & {"torch", "ray", "vllm", "megatron", "transformers", "plotly", "tensorboard"}
+    assert not loaded & {"torch", "numpy", "ray", "vllm", "megatron", "transformers", "plotly", "tensorboard"}
