@@ -234,11 +234,11 @@ def _view(options: argparse.Namespace, rest: list[str]) -> int:
     if options.html is None:
         if options.max_rollouts is not None:
             raise ConfigError("--max_rollouts: is for --html FILE; without it all completions are there")
-        serve(options.run, options.port or 0, Terminal())
+        serve(options.run, options.port or 0, Terminal().line)
     elif options.port is not None:
         raise ConfigError("--port: a file is not served; give --port or --html")
     else:
-        write(options.run, options.html, options.max_rollouts or _MAX_ROLLOUTS, Terminal())
+        write(options.run, options.html, options.max_rollouts or _MAX_ROLLOUTS, Terminal().line)
     return 0
 
 
