@@ -17,6 +17,8 @@ from actors.metrics import Console, RunRecorder, finite_or_none, headline, plot_
 from actors.model_check import CheckedModel, check_model, check_same_shape
 from actors.model_source import find_model, load_tokenizer, model_size
 from actors.placement import Bundle, Reservation, bundles_of, reserve
+from actors.resume import StateKeeper, look_for_state
+from actors.resume_state import State
 from actors.reward_swap import write_rewards
 from actors.token_texts import TokenTexts
 from actors.trainer import TrainerGroup
@@ -58,6 +60,8 @@ class Prepared:
     rewards: tuple[Reward, ...]
     lessons: Lessons | None
     """Of gkd."""
+    state: State | None = None
+    """Of a run that was cut off, which goes on after it."""
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -158,11 +162,15 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     started = time.monotonic()
     prepared = prepare(config)
     config = prepared.config
+    prepared = replace(prepared, state=look_for_state(config, config.output_dir.resolve(), console))
     directory = _make_directory(config, prepared)
     console.line(f"run directory: {directory}")
     texts = TokenTexts(prepared.sources.model.directory)
     recorder = RunRecorder(
-        directory, config.max_steps, console, algorithm=config.algorithm, token_texts=texts
+        *(directory, config.max_steps, console),
+        algorithm=config.algorithm,
+        token_texts=texts,
+        state=prepared.state,
     )
     with connect(config.cluster) as cluster:
         train = {"grpo": _run_grpo, "gkd": run_gkd, "sft": _run_sft}[config.algorithm]
@@ -224,8 +232,10 @@ def _run_grpo(
             recorder=recorder,
         )
         prompts = PromptStream(prepared.prompts, seed=config.seed, shuffle=config.data.shuffle)
+        streams = {"prompts": prompts}
+        keeper = StateKeeper(config, directory, actors.trainers, recorder, streams, prepared.state)
         with recorder:
-            grpo.train(config, roles, prompts, prepared.held_out)
+            grpo.train(config, roles, prompts, prepared.held_out, keeper)
     actors.trainers.save_last()
     judge.close()
 
@@ -246,8 +256,9 @@ def _run_sft(
     if prepared.samples.truncated or prepared.samples.dropped:
         console.line(f"data: {prepared.samples.describe()}")
     samples = PromptStream(prepared.samples.kept, seed=config.seed, shuffle=config.data.shuffle)
+    keeper = StateKeeper(config, directory, trainers, recorder, {"samples": samples}, prepared.state)
     with recorder:
-        sft.train(config, trainers, samples, prepared.held_out_samples.kept, recorder)
+        sft.train(config, trainers, samples, prepared.held_out_samples.kept, recorder, keeper)
     trainers.save_last()
 
 
@@ -275,6 +286,14 @@ def _is_after_a_step(line: str) -> bool:
     return not (isinstance(row, dict) and row.get("step") == 0)
 
 
+def _why_not_resumed(config: RunConfig, directory: Path) -> str:
+    if config.checkpoint.resume == "never":
+        return ""
+    if (directory / "result.json").exists():
+        return ", which has finished"
+    return ", and no complete state to go on from (see checkpoint.resume_steps)"
+
+
 def _make_directory(config: RunConfig, prepared: Prepared) -> Path:
     """The run directory, with the resolved config in it. Raises ConfigError when it holds a run already."""
     directory = config.output_dir.resolve()
@@ -288,9 +307,10 @@ def _make_directory(config: RunConfig, prepared: Prepared) -> Path:
         raise ConfigError(
             f"output_dir: {directory} would replace the checkpoint that the run starts from; choose another"
         )
-    if _holds_a_run(directory) and not config.exist_ok:
+    if prepared.state is None and _holds_a_run(directory) and not config.exist_ok:
         raise ConfigError(
-            f"output_dir: {directory} holds a run already; choose another, or set exist_ok to replace it"
+            f"output_dir: {directory} holds a run already{_why_not_resumed(config, directory)}; "
+            "choose another, or set exist_ok to replace it"
         )
     steps = [step for step in range(1, config.max_steps + 1) if config.saves_at(step)]
     names = ["checkpoint", *(f"checkpoint-{step}" for step in steps)]
