@@ -41,11 +41,9 @@ def run_until(directory: Path, step: int, words: tuple[str, ...]) -> Finished:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    assert [without_times(row) for row in rows(one / "metrics.jsonl")] == [
-        without_times(row) for row in rows(other / "metrics.jsonl")
-    ]
-    assert rows(one / "rollouts.jsonl") == rows(other / "rollouts.jsonl")
-    assert rows(one / "tokens.jsonl") == rows(other / "tokens.jsonl")
+    for name in ("metrics.jsonl", "rollouts.jsonl", "tokens.jsonl"):
+        expected_rows, found_rows = (list(map(without_times, rows(each / name))) for each in (one, other))
+        assert found_rows == expected_rows, name
     expected, found = (load_file(each / "checkpoint" / "model.safetensors") for each in (one, other))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
