@@ -2,7 +2,9 @@
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from actors.events import Event, unheard
 
@@ -31,6 +33,21 @@ class CheckpointLinks:
         if not math.isnan(score):
             self._scores[step] = score
             self._link_best()
+
+    def state(self) -> dict[str, Any]:
+        """What was saved and how it was rated, for `restore`; JSON takes it."""
+        return {
+            "saved": {str(step): path.name for step, path in self._saved.items()},
+            "scores": {str(step): score for step, score in self._scores.items()},
+            "best": self._best,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Remember what `state` told, as far as the checkpoints are still there."""
+        saved = {int(step): self._directory / name for step, name in state["saved"].items()}
+        self._saved = {step: path for step, path in saved.items() if path.is_dir()}
+        self._scores = {int(step): score for step, score in state["scores"].items()}
+        self._best = state["best"]
 
     def _link_best(self) -> None:
         both = self._saved.keys() & self._scores.keys()

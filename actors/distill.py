@@ -11,6 +11,7 @@ from actors.metrics import RunRecorder, warn
 from actors.model_check import check_model
 from actors.model_source import ModelSize, ModelSource, find_model, load_tokenizer, model_size
 from actors.placement import Reservation
+from actors.resume import StateKeeper
 from actors.teacher_server import TeacherServers
 from actors.trainer import TrainerGroup
 from actors.trainer_rank import Sources
@@ -176,8 +177,10 @@ def run_gkd(
         console.line(f"the actors are up after {time.monotonic() - start:.1f}s")
         roles = gkd.Roles(trainer=trainers, student=student, teacher=teacher, recorder=recorder)
         prompts, samples = _stream(config, lessons.prompts), _stream(config, lessons.samples)
+        streams = {"prompts": prompts, "samples": samples}
+        keeper = StateKeeper(config, directory, trainers, recorder, streams, prepared.state)
         with recorder:
-            gkd.train(config, roles, prompts, samples, lessons.held_out)
+            gkd.train(config, roles, prompts, samples, lessons.held_out, keeper)
 
     sources, device = prepared.sources, prepared.device
     if config.has_engines:

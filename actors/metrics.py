@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,9 +12,11 @@ from typing import Any, Self
 
 from actors.console import Console
 from actors.events import EventLog
+from actors.resume_state import FOLDER, KEPT, State, forget, truncate_files
 from algorithms.data import FloatRow, Scored, TokenRecord
 from algorithms.stored_rollouts import stored_row
 
+_FILES = ("metrics.jsonl", "rollouts.jsonl", "tokens.jsonl", "events.jsonl")
 _PHASES = ("generate", "train", "sync")
 
 
@@ -34,8 +37,10 @@ class RunRecorder:
         *,
         algorithm: str = "",
         token_texts: Callable[[Sequence[int]], list[str]] | None = None,
+        state: State | None = None,
     ) -> None:
-        """`token_texts` gives the text of each token; without it a token is written as its number."""
+        """`token_texts` gives the text of each token; without it a token is written as its number. The records
+        go on after `state`, when there is one."""
         self._directory = directory
         self._max_steps = max_steps
         self._console = console
@@ -43,7 +48,8 @@ class RunRecorder:
         self._token_texts = token_texts or (lambda ids: list(map(str, ids)))
         self._log = EventLog(directory / "events.jsonl")
         self._made = time.monotonic()
-        self._last = 0
+        self._state = state
+        self._last = 0 if state is None else state.step
         self.rows: list[dict[str, float]] = []
         self.evaluations: list[dict[str, float]] = []
         self.swapped = False
@@ -120,23 +126,50 @@ class RunRecorder:
         return "  ".join([*parts, *times])
 
     def __enter__(self) -> Self:
-        """Open the files, replacing those of an earlier run. Not sooner: a start that fails must cost nothing."""
+        """Open the files, replacing those of an earlier run, or cutting off what came after the state. Not sooner:
+        a start that fails must cost nothing."""
         from torch.utils.tensorboard import SummaryWriter
 
-        for name in ("tensorboard", "checkpoint"):
+        if self._state is None:
+            self._start_anew()
+        else:
+            self._go_on(self._state)
+        metrics, rollouts, tokens, _ = (self._directory / name for name in _FILES)
+        self._metrics, self._rollouts, self._tokens = metrics.open("a"), rollouts.open("a"), tokens.open("a")
+        self._started = time.monotonic()
+        seconds = self._started - self._made
+        kind, begins = (
+            ("start", "begins") if self._state is None else ("resume", f"goes on after step {self._last}")
+        )
+        text = f"{self._algorithm or 'run'} {begins}, {seconds:.1f} s after its start"
+        self.event(self._last, kind, text, algorithm=self._algorithm, seconds=round(seconds, 1))
+        purge_step = None if self._state is None else self._last + 1
+        self._events = SummaryWriter(str(self._directory / "tensorboard"), purge_step=purge_step)
+        return self
+
+    def _start_anew(self) -> None:
+        for name in ("tensorboard", "checkpoint", FOLDER):
             shutil.rmtree(self._directory / name, ignore_errors=True)
         for name in ("result.json", "curve.png", "last", "best"):
             (self._directory / name).unlink(missing_ok=True)
-        self._metrics = (self._directory / "metrics.jsonl").open("w")
-        self._rollouts = (self._directory / "rollouts.jsonl").open("w")
-        self._tokens = (self._directory / "tokens.jsonl").open("w")
-        self._log.start()
-        self._started = time.monotonic()
-        seconds = self._started - self._made
-        text = f"{self._algorithm or 'run'} begins, {seconds:.1f} s after its start"
-        self.event(0, "start", text, algorithm=self._algorithm, seconds=round(seconds, 1))
-        self._events = SummaryWriter(str(self._directory / "tensorboard"))
-        return self
+        for name in _FILES:
+            (self._directory / name).write_text("")
+
+    def _go_on(self, state: State) -> None:
+        forget(self._directory, after=state.step, keep=KEPT)
+        for name in ("result.json", "curve.png"):
+            (self._directory / name).unlink(missing_ok=True)
+        truncate_files(self._directory, state.manifest.files)
+        self.swapped = state.manifest.swapped
+        for line in (self._directory / "metrics.jsonl").read_text().splitlines():
+            row = {name: math.nan if value is None else value for name, value in json.loads(line).items()}
+            (self.evaluations if any(name.startswith("eval/") for name in row) else self.rows).append(row)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file of records, all of which are on disk."""
+        for file in (self._metrics, self._rollouts, self._tokens):
+            os.fsync(file.fileno())
+        return {name: (self._directory / name).stat().st_size for name in _FILES}
 
     def __exit__(
         self,

@@ -19,10 +19,13 @@ from actors.metrics import RunRecorder, finite_or_none, headline, plot_curve, wa
 from actors.model_check import CheckedModel, check_model, check_same_shape
 from actors.model_source import find_model, load_tokenizer, model_size
 from actors.placement import Bundle, Reservation, bundles_of, reserve
+from actors.resume import StateKeeper, look_for_state
+from actors.resume_state import State
 from actors.reward_swap import write_rewards
+from actors.run_directory import make_directory
 from actors.token_texts import TokenTexts
 from actors.trainer import TrainerGroup
-from actors.trainer_rank import MERGED, Sources
+from actors.trainer_rank import Sources
 from algorithms import grpo, sft
 from algorithms.conversations import Samples, make_prompts, make_sft_samples
 from algorithms.data import Prompt
@@ -36,11 +39,9 @@ from algorithms.roles import Roles
 from bridge.families import read_hf_config
 from bridge.frozen import frozen_parameters
 from bridge.model_bridge import ModelBridge
-from bridge.partial_directory import check_replaceable
 from bridge.rules import MegatronSpec
 from configs.environment import ENVIRONMENT
 from configs.errors import BasculeError, ConfigError
-from configs.load import dump_config
 from configs.schema import RunConfig, with_steps_of_epochs
 
 
@@ -63,6 +64,8 @@ class Prepared:
     environment: Environment | None
     lessons: Lessons | None
     """Of gkd."""
+    state: State | None = None
+    """Of a run that was cut off, which goes on after it."""
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -186,11 +189,15 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     started = time.monotonic()
     prepared = prepare(config)
     config = prepared.config
-    directory = _make_directory(config, prepared)
+    prepared = replace(prepared, state=look_for_state(config, config.output_dir.resolve(), console))
+    directory = make_directory(config, prepared.sources, resumes=prepared.state is not None)
     console.line(f"run directory: {directory}")
     texts = TokenTexts(prepared.sources.model.directory)
     recorder = RunRecorder(
-        directory, config.max_steps, console, algorithm=config.algorithm, token_texts=texts
+        *(directory, config.max_steps, console),
+        algorithm=config.algorithm,
+        token_texts=texts,
+        state=prepared.state,
     )
     with connect(config.cluster) as cluster:
         train = {"grpo": _run_grpo, "gkd": run_gkd, "sft": _run_sft}[config.algorithm]
@@ -257,8 +264,10 @@ def _run_grpo(
             recorder=recorder,
         )
         prompts = PromptStream(prepared.prompts, seed=config.seed, shuffle=config.data.shuffle)
+        streams = {"prompts": prompts}
+        keeper = StateKeeper(config, directory, actors.trainers, recorder, streams, prepared.state)
         with recorder:
-            grpo.train(config, roles, prompts, prepared.held_out)
+            grpo.train(config, roles, prompts, prepared.held_out, keeper)
     actors.trainers.save_last()
     judge.close()
     if environment is not None:
@@ -281,73 +290,10 @@ def _run_sft(
     if prepared.samples.truncated or prepared.samples.dropped:
         console.line(f"data: {prepared.samples.describe()}")
     samples = PromptStream(prepared.samples.kept, seed=config.seed, shuffle=config.data.shuffle)
+    keeper = StateKeeper(config, directory, trainers, recorder, {"samples": samples}, prepared.state)
     with recorder:
-        sft.train(config, trainers, samples, prepared.held_out_samples.kept, recorder)
+        sft.train(config, trainers, samples, prepared.held_out_samples.kept, recorder, keeper)
     trainers.save_last()
-
-
-def _is_own_checkpoint(directory: Path, path: Path) -> bool:
-    """Whether `path` is, or is in, a place where a run in `directory` saves."""
-    if directory not in path.parents:
-        return False
-    return path.relative_to(directory).parts[0].startswith("checkpoint")
-
-
-def _holds_a_run(directory: Path) -> bool:
-    """Whether a run has finished a step there. What is left of one that has not is in nobody's way."""
-    if any(directory.glob("checkpoint*")):
-        return True
-    metrics = directory / "metrics.jsonl"
-    return metrics.is_file() and any(map(_is_after_a_step, metrics.read_text().splitlines()))
-
-
-def _is_after_a_step(line: str) -> bool:
-    """Whether a line of metrics.jsonl is not just the evaluation before the first step."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return True
-    return not (isinstance(row, dict) and row.get("step") == 0)
-
-
-def _make_directory(config: RunConfig, prepared: Prepared) -> Path:
-    """The run directory, with the resolved config in it. Raises ConfigError when it holds a run already."""
-    directory = config.output_dir.resolve()
-    sources = prepared.sources
-    found = (
-        *(sources.model, sources.reference, sources.teacher),
-        *(sources.adapter, sources.reference_adapter),
-    )
-    read = [path for each in found if each is not None for path in (each.directory, each.mcore) if path]
-    if any(_is_own_checkpoint(directory, path) for path in read):
-        raise ConfigError(
-            f"output_dir: {directory} would replace the checkpoint that the run starts from; choose another"
-        )
-    if _holds_a_run(directory) and not config.exist_ok:
-        raise ConfigError(
-            f"output_dir: {directory} holds a run already; choose another, or set exist_ok to replace it"
-        )
-    steps = [step for step in range(1, config.max_steps + 1) if config.saves_at(step)]
-    names = ["checkpoint", *(f"checkpoint-{step}" for step in steps)]
-    merged = [f"{name}{MERGED}" for name in names] if config.tuner.merge_lora else []
-    for name in [*names, *merged]:
-        check_replaceable(directory / name)
-        # A torch_dist checkpoint adds an iteration, and who gives the directory as a model would read these.
-        if (
-            name in names
-            and not config.checkpoint.save_safetensors
-            and any((directory / name).glob("*.safetensors"))
-        ):
-            raise ConfigError(
-                f"output_dir: {directory / name} holds safetensors of an earlier run, which this run, saving "
-                "torch_dist, would leave there; remove it, or choose another output_dir"
-            )
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(dump_config(config))
-    except OSError as error:
-        raise ConfigError(f"output_dir: {directory} cannot be written: {error}") from error
-    return directory
 
 
 def _trained_lines(prepared: Prepared) -> list[str]:

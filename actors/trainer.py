@@ -31,7 +31,7 @@ class TrainerGroup:
         `event` is told of them."""
         self._config = config
         self._directory = directory
-        self._links = CheckpointLinks(directory, event)
+        self.links = CheckpointLinks(directory, event)
         self.size = config.trainer.world_size
         self._names = [f"trainer rank {rank}" for rank in range(self.size)]
         self.ranks = start_ranks(TrainerRank, reservation, "trainer", self.size, (config, device))
@@ -104,18 +104,28 @@ class TrainerGroup:
         """Write `checkpoint-STEP` into the run directory, and link `last` to it."""
         directory = self._directory / f"checkpoint-{step}"
         self._save(directory, step)
-        self._links.saved(step, directory)
+        self.links.saved(step, directory)
 
     def rate(self, step: int, score: float) -> None:
         """Remember how good the weights of this step are; `best` links to the best checkpoint."""
-        self._links.rated(step, score)
+        self.links.rated(step, score)
 
     def save_last(self) -> Path:
         """Write `checkpoint`, the end of the run; returns its path."""
         directory = self._directory / "checkpoint"
         self._save(directory, self._config.max_steps)
-        self._links.saved(self._config.max_steps, directory)
+        self.links.saved(self._config.max_steps, directory)
         return directory
+
+    def save_state(self, directory: Path, step: int) -> None:
+        """Let every rank write its part of a state to resume from into `directory`, which exists."""
+        refs = [rank.save_state.remote(directory, step) for rank in self.ranks]
+        self._all(refs, f"save of {directory}")
+
+    def load_state(self, directory: Path, *, same_layout: bool) -> None:
+        """Put every rank into the state that save_state wrote; the layout may be another one."""
+        refs = [rank.load_state.remote(directory, same_layout) for rank in self.ranks]
+        self._all(refs, f"load of {directory}", self._config.cluster.start_timeout_s)
 
     def _save(self, directory: Path, iteration: int) -> None:
         self._all([rank.save.remote(directory, iteration) for rank in self.ranks], f"save of {directory}")

@@ -216,6 +216,34 @@ class TrainerRank:
                 ),
             )
 
+    def save_state(self, directory: Path, step: int) -> None:
+        """Write this rank's part of a state to resume from; every rank does it together."""
+        from actors.megatron_resume import save_rank
+
+        save_rank(
+            *(self._model, directory),
+            step=step,
+            rank=self._rank,
+            adapters=self._adapters is not None,
+            moved_reference=self._moved_reference,
+        )
+
+    def load_state(self, directory: Path, same_layout: bool) -> None:
+        """Put this rank into the state that save_state wrote."""
+        from actors.megatron_resume import load_rank
+
+        load_rank(
+            *(self._model, directory),
+            rank=self._rank,
+            adapters=self._adapters is not None,
+            moved_reference=self._moved_reference,
+            same_layout=same_layout,
+        )
+
+    @property
+    def _moved_reference(self) -> "FrozenModel | None":
+        return self._reference if self._config.grpo.sync_ref_model else None
+
     def _save_model(self, directory: Path, parameters: Mapping[str, torch.Tensor] | None = None) -> None:
         self._weights.save(
             self._model.chunks,

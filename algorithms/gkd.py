@@ -19,6 +19,7 @@ from algorithms.data import (
     float_row,
 )
 from algorithms.packing import pack, with_top_tokens
+from algorithms.progress import Forgetful, Keeper, Progress
 from algorithms.prompts import PromptStream
 from algorithms.roles import Recorder, Sampler, TopTeacher, Trainer, WeightSync
 from configs.errors import BasculeError
@@ -58,16 +59,20 @@ def train(
     prompts: PromptStream[Prompt] | None,
     samples: PromptStream[TrainSample] | None,
     held_out: Sequence[TrainSample],
+    keeper: Keeper | None = None,
 ) -> None:
     """Run `max_steps` optimizer steps of `gkd.batch_size` samples; evaluate before, after, and every `eval_steps`.
 
     A step is on-policy with probability `gkd.lmbda`: the student completes `prompts`, under weights that engines
     are sent just before. Other steps take `samples`. A step that is left with nothing is recorded and trains
     nothing. Raises BasculeError after `gkd.max_empty_steps` on-policy ones in a row of this kind.
+    `keeper` tells after which of the steps to begin.
     """
-    empty = 0
-    _evaluate(config, roles, held_out, 0)
-    for step in range(1, config.max_steps + 1):
+    keeper = keeper or Forgetful()
+    empty = keeper.start.empty
+    if not keeper.start.step:
+        _evaluate(config, roles, held_out, 0)
+    for step in range(keeper.start.step + 1, config.max_steps + 1):
         clock = Clock()
         metrics: dict[str, float] = {"on_policy": float(is_on_policy(config, step))}
         if is_on_policy(config, step):
@@ -98,6 +103,7 @@ def train(
             roles.trainer.save(step)
         if config.evaluates_at(step):
             _evaluate(config, roles, held_out, step)
+        keeper.keep(Progress(step=step, version=step, empty=empty))
 
 
 def _evaluate(config: RunConfig, roles: Roles, held_out: Sequence[TrainSample], step: int) -> None:

@@ -9,6 +9,7 @@ from algorithms.clock import Clock
 from algorithms.data import Prompt, Scored, StepResult, TrainSample
 from algorithms.evaluation import evaluate, reward_metrics
 from algorithms.experience import gather, optimizer_batches, untrained
+from algorithms.progress import Forgetful, Keeper, Progress
 from algorithms.prompts import PromptStream
 from algorithms.roles import Roles, Trainer
 from algorithms.rollouts import Rollouts, staleness
@@ -17,12 +18,21 @@ from configs.errors import BasculeError
 from configs.schema import RunConfig
 
 
-def train(config: RunConfig, roles: Roles, prompts: PromptStream[Prompt], held_out: Sequence[Prompt]) -> None:
+def train(
+    config: RunConfig,
+    roles: Roles,
+    prompts: PromptStream[Prompt],
+    held_out: Sequence[Prompt],
+    keeper: Keeper | None = None,
+) -> None:
     """Run `max_steps` steps; evaluate before, after, and every `eval_steps`.
 
+    `keeper` tells after which of the steps to begin.
     Raises BasculeError after `grpo.max_empty_steps` steps in a row without a group that has a signal.
     """
-    version = empty = 0
+    keeper = keeper or Forgetful()
+    start = keeper.start
+    version, empty = start.version, start.empty
 
     def evaluate_at(step: int) -> None:
         scored, metrics = evaluate(roles.sampler, roles.judge, held_out, config.grpo)
@@ -30,10 +40,11 @@ def train(config: RunConfig, roles: Roles, prompts: PromptStream[Prompt], held_o
         if metrics:
             roles.trainer.rate(step, metrics["eval/accuracy"])
 
-    rollouts = Rollouts(config, roles.sampler, roles.judge, prompts)
+    rollouts = Rollouts(config, roles.sampler, roles.judge, prompts, start.step)
     roles.weights.sync(version)
-    evaluate_at(0)
-    for step in range(1, config.max_steps + 1):
+    if not start.step:
+        evaluate_at(0)
+    for step in range(start.step + 1, config.max_steps + 1):
         clock = Clock()
         roles.judge.begin(step)
         synced: Mapping[str, float] = {}
@@ -65,6 +76,7 @@ def train(config: RunConfig, roles: Roles, prompts: PromptStream[Prompt], held_o
             roles.trainer.save(step)
         if config.evaluates_at(step):
             evaluate_at(step)
+        keeper.keep(Progress(step=step, version=version, empty=empty))
 
 
 def _optimize(config: RunConfig, trainer: Trainer, samples: Sequence[TrainSample]) -> Iterator[StepResult]:

@@ -23,6 +23,11 @@ class PromptStream(Generic[T]):
         self._epoch, self._offset = 0, 0
         self._order = self._permutation(0)
 
+    @property
+    def items(self) -> Sequence[T]:
+        """All that is drawn from, in the order of the data set."""
+        return self._prompts
+
     def take(self, n: int) -> list[T]:
         """The next `n` items; a draw goes on into the next epoch where one ends."""
         taken: list[T] = []

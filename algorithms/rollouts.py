@@ -29,15 +29,21 @@ class Rollouts:
     """Samples and scores the prompts of one generation step after the other, `max_lag` steps ahead."""
 
     def __init__(
-        self, config: RunConfig, sampler: Sampler, judge: Judge, prompts: PromptStream[Prompt]
+        self,
+        config: RunConfig,
+        sampler: Sampler,
+        judge: Judge,
+        prompts: PromptStream[Prompt],
+        done: int = 0,
     ) -> None:
+        """The first step is the one after `done`."""
         self._config = config
         self._sampler = sampler
         self._judge = judge
         self._prompts = prompts
         # Of the steps that engines are working on, in order; the last of them is step `_last`.
         self._begun: deque[Iterator[Group]] = deque()
-        self._last = 0
+        self._last = done
 
     def generate(self, step: int) -> Generated:
         """The next `prompts_per_step` prompts, sampled and scored.

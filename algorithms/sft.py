@@ -7,6 +7,7 @@ import numpy as np
 from algorithms.clock import Clock
 from algorithms.data import TrainSample
 from algorithms.packing import pack
+from algorithms.progress import Forgetful, Keeper, Progress
 from algorithms.prompts import PromptStream
 from algorithms.roles import Recorder, Trainer
 from configs.schema import RunConfig
@@ -18,10 +19,17 @@ def train(
     samples: PromptStream[TrainSample],
     held_out: Sequence[TrainSample],
     recorder: Recorder,
+    keeper: Keeper | None = None,
 ) -> None:
-    """Run `max_steps` optimizer steps of `sft.batch_size` samples; evaluate before, after, every `eval_steps`."""
-    best = _evaluate(config, trainer, held_out, recorder, 0, float("inf"))
-    for step in range(1, config.max_steps + 1):
+    """Run `max_steps` optimizer steps of `sft.batch_size` samples; evaluate before, after, every `eval_steps`.
+
+    `keeper` tells after which of the steps to begin.
+    """
+    keeper = keeper or Forgetful()
+    best = keeper.start.best
+    if not keeper.start.step:
+        best = _evaluate(config, trainer, held_out, recorder, 0, best)
+    for step in range(keeper.start.step + 1, config.max_steps + 1):
         clock = Clock()
         batch = pack(samples.take(config.sft.batch_size), config.trainer)
         with clock("train"):
@@ -39,6 +47,7 @@ def train(
             trainer.save(step)
         if config.evaluates_at(step):
             best = _evaluate(config, trainer, held_out, recorder, step, best)
+        keeper.keep(Progress(step=step, best=best))
 
 
 def evaluate(config: RunConfig, trainer: Trainer, held_out: Sequence[TrainSample]) -> Mapping[str, float]:

@@ -14,7 +14,7 @@ ENVIRONMENT = "environment"
 
 
 class EnvironmentConfig(Section):
-    """What answers the model between its turns; see docs/environments.md. Without a function there is one turn."""
+    """What answers the model between its turns, see docs/environments.md; by default nothing does."""
 
     function: str | None = Field(default=None, min_length=1)
     """`file.py:name` or `package.module:name` of a function or a class with `step`, called after each turn."""

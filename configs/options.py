@@ -75,10 +75,14 @@ def resolve_key(
     if len(found) > 1 and algorithm is not None:
         others = set(algorithms(options)) - {algorithm}
         found = [each for each in found if each[1].path[0] not in others]
-    if len(found) == 1:
+    # A name that entries of a list have too is not meant without its section, unless that is called the same.
+    listed = [option for option in options if "N" in option.path and option.path[-1] == parts[0]]
+    if found and found[0][1].path[0] == parts[0]:
+        listed = []
+    if len(found) == 1 and not listed:
         return found[0]
     if found:
-        names = " or ".join(f"--{option.dotted}" for _, option in found)
+        names = " or ".join(f"--{option.dotted}" for option in [*(option for _, option in found), *listed])
         raise ConfigError(f"command line: --{key} is ambiguous; write {names}")
     inside = [option.path[-1] for option in options if _starts_with(option.path, parts)]
     if inside:

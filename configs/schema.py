@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from configs.checkpoint import CheckpointConfig, check_resume
 from configs.data import DataConfig, check_data
 from configs.environment import EnvironmentConfig, check_environment
 from configs.errors import ConfigError
@@ -15,7 +16,6 @@ from configs.record import RecordConfig
 from configs.rewards import RewardConfig, RewardWorkersConfig
 from configs.section import Names, Section
 from configs.sft import SFTConfig
-from configs.sizes import ShardSize
 from configs.tuner import TunerConfig, check_tuner
 from configs.unused import check_algorithms_own
 
@@ -168,19 +168,6 @@ class BridgeConfig(Section):
     """How often in a run lost engines or a lost bridge are replaced before the run ends with an error."""
 
 
-class CheckpointConfig(Section):
-    """What a run saves."""
-
-    save_steps: int = Field(default=0, ge=0)
-    """Save `checkpoint-STEP` every this many steps, besides `checkpoint` at the end; 0 for only that."""
-    save_safetensors: bool = True
-    """Save Hugging Face safetensors; false saves a Megatron torch_dist checkpoint instead."""
-    no_save_optim: bool = False
-    """Leave optimizer and schedule out of torch_dist checkpoints."""
-    max_shard_size: ShardSize = "5GB"
-    """Largest safetensors file, as in transformers: 5GB, 200MB, 1GiB."""
-
-
 class ClusterConfig(Section):
     """What is asked of Ray. Without an address, here or in the environment, a local Ray is started."""
 
@@ -280,6 +267,11 @@ class RunConfig(Section):
         every = self.checkpoint.save_steps
         return every > 0 and step % every == 0 and step < self.max_steps
 
+    def keeps_state_at(self, step: int) -> bool:
+        """Whether a state to resume from is due after this step; after the last one there is nothing to do."""
+        every = self.checkpoint.resume_steps
+        return every > 0 and step % every == 0 and step < self.max_steps
+
     def records_tokens_at(self, step: int) -> bool:
         """Whether this step's tokens are written: the first step's, and then every `record.token_steps`."""
         every = self.record.token_steps
@@ -310,6 +302,11 @@ class RunConfig(Section):
         check_environment(self)
         check_data(self.data)
         check_tuner(self.tuner)
+        check_resume(
+            self.checkpoint,
+            max_lag=self.grpo.max_lag if self.algorithm == "grpo" else 0,
+            with_adapters=self.tuner.tuner_type == "lora",
+        )
         self._check_lora_engines()
         if self.bridge.hash_every > 1 and (self.bridge.offload_bridge or self.bridge.skip_unchanged):
             raise ValueError(

@@ -95,7 +95,8 @@ def test_a_command_line_that_does_not_fit(tmp_path: Path) -> None:
         None, "--trainer.lrr", "1"
     )
     assert "did you mean --trainer.lr?" in complaint(None, "--grpo.lr", "1")
-    assert "did you mean --rewards.N.weight?" in complaint(None, "--weight", "1")
+    ambiguous = "--weight is ambiguous; write --environment.weight or --rewards.N.weight"
+    assert ambiguous in complaint(None, "--weight", "1")
     assert "--trainer is a section" in complaint(None, "--trainer", "1")
     assert "--lr needs a value, FLOAT" in complaint(None, "--lr", "--seed", "1")
     assert "'2' belongs to no option" in complaint(None, "--seed", "1", "2")

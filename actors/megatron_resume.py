@@ -1,0 +1,89 @@
+"""A trainer rank's part of a state to resume from: weights, optimizer, schedule, random numbers. No Ray here.
+
+Weights and optimizer are torch_dist checkpoints, so they load under another layout as well. What is random only
+goes on as it was under the same one.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from actors.megatron_adapter_checkpoint import load_adapter, save_adapter
+from actors.megatron_checkpoint import load_torch_dist, save_torch_dist
+from actors.megatron_model import FrozenModel, MegatronModel
+from bridge.partial_directory import naming
+
+
+def save_rank(
+    model: MegatronModel,
+    directory: Path,
+    *,
+    step: int,
+    rank: int,
+    adapters: bool,
+    moved_reference: FrozenModel | None,
+) -> None:
+    """Write this rank's part into `directory`; every rank must call it. Raises WriteError naming the file.
+
+    With `adapters` only what is trained is written. `moved_reference` is a reference that follows the policy.
+    """
+    optimizer_steps = model.scheduler.num_steps
+    save = save_adapter if adapters else save_torch_dist
+    # Before its first step an optimizer has no state that Megatron could save.
+    save(
+        model.chunks,
+        directory / "policy",
+        optimizer=model.optimizer if optimizer_steps else None,
+        iteration=step,
+    )
+    if moved_reference is not None:
+        save_torch_dist(moved_reference.chunks, directory / "reference", iteration=step)
+    own = {
+        "optimizer_steps": optimizer_steps,
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "tracker": _tracker().get_states(),
+    }
+    path = _own(directory, rank)
+    with naming(path):
+        torch.save(own, path)
+
+
+def load_rank(
+    model: MegatronModel,
+    directory: Path,
+    *,
+    rank: int,
+    adapters: bool,
+    moved_reference: FrozenModel | None,
+    same_layout: bool,
+) -> None:
+    """Put this rank into the state that save_rank wrote; every rank must call it. Raises like load_torch_dist.
+
+    The schedule is the one of this run, after as many steps. Without `same_layout` random numbers begin anew.
+    """
+    own = torch.load(_own(directory, rank if same_layout else 0), weights_only=True)
+    optimizer_steps = int(own["optimizer_steps"])
+    load = load_adapter if adapters else load_torch_dist
+    load(model.chunks, directory / "policy", optimizer=model.optimizer if optimizer_steps else None)
+    # Not from the checkpoint: Megatron refuses a schedule of another length.
+    model.scheduler.num_steps = 0
+    model.scheduler.step(increment=optimizer_steps)
+    if moved_reference is not None:
+        load_torch_dist(moved_reference.chunks, directory / "reference")
+    if same_layout:
+        _tracker().set_states(own["tracker"])
+        if own["device"] is not None:
+            torch.cuda.set_rng_state(own["device"])
+        torch.set_rng_state(own["torch"])
+
+
+def _tracker() -> Any:
+    # Declared as optional; there is one since the group was joined.
+    return get_cuda_rng_tracker()
+
+
+def _own(directory: Path, rank: int) -> Path:
+    return directory / f"rank-{rank}.pt"

@@ -1,0 +1,151 @@
+"""Manifest, choice of the state, comparison of configs, truncation: without any actor."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.resume_config import changes, is_same_layout
+from actors.resume_state import (
+    Manifest,
+    State,
+    check_files,
+    config_of,
+    config_sha256,
+    find_state,
+    forget,
+    items_sha256,
+    read_state,
+    states,
+    truncate_files,
+    write_manifest,
+)
+from algorithms.data import Prompt, int_row
+from algorithms.progress import Progress
+from configs.errors import BasculeError, ConfigError
+from configs.schema import RunConfig
+
+
+def config(**changed: Any) -> RunConfig:
+    needed = {"model": {"model": "m"}, "data": {"dataset": "d"}, "algorithm": "sft"}
+    return RunConfig.model_validate({**needed, **changed})
+
+
+def write(run: Path, step: int) -> Manifest:
+    directory = run / "resume" / f"step-{step}"
+    directory.mkdir(parents=True)
+    now = config_of(config())
+    manifest = Manifest(
+        progress=Progress(step=step, version=2, best=0.5),
+        config=now,
+        config_sha256=config_sha256(now),
+        streams={"samples": {"epoch": 1, "offset": 3, "sha256": "x"}},
+        files={"metrics.jsonl": 4},
+        links={"saved": {}, "scores": {}, "best": None},
+        swapped=False,
+    )
+    write_manifest(directory, manifest)
+    return manifest
+
+
+def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    manifest = write(tmp_path, 3)
+    assert read_state(tmp_path / "resume" / "step-3") == State(
+        directory=tmp_path / "resume" / "step-3", manifest=manifest
+    )
+
+
+def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    path = tmp_path / "resume" / "step-3" / "manifest.json"
+    whole = path.read_text()
+    content = json.loads(whole)
+    content["config"]["seed"] = 7
+    for text in (whole[:40], "{}", json.dumps(content)):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=r"manifest\.json"):
+            read_state(path.parent)
+
+
+def test_the_newest_complete_state_is_taken_unless_the_run_has_finished(tmp_path: Path) -> None:
+    assert find_state(config(), tmp_path) is None
+    for step in (2, 10):
+        write(tmp_path, step)
+    (tmp_path / "resume" / "step-12.bascule-partial").mkdir()
+    found = find_state(config(), tmp_path)
+    assert found is not None
+    assert found.step == 10
+    assert find_state(config(checkpoint={"resume": "never"}), tmp_path) is None
+    (tmp_path / "result.json").write_text("{}")
+    assert find_state(config(), tmp_path) is None
+    found = find_state(config(checkpoint={"resume": str(tmp_path / "resume" / "step-2")}), tmp_path)
+    assert found is not None
+    assert found.step == 2
+    with pytest.raises(ConfigError, match="is no complete state of"):
+        find_state(config(checkpoint={"resume": str(tmp_path / "resume" / "step-3")}), tmp_path)
+
+
+def test_older_states_later_ones_and_unfinished_ones_are_removed(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 10, 11):
+        write(tmp_path, step)
+    (tmp_path / "resume" / "step-4.bascule-partial").mkdir()
+    forget(tmp_path, after=10, keep=2)
+    assert [path.name for path in states(tmp_path)] == ["step-3", "step-10"]
+    assert len(list((tmp_path / "resume").iterdir())) == 2
+
+
+def test_files_are_cut_to_what_they_were_and_a_shorter_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("one\ntwo\nhal")
+    check_files(tmp_path, {"metrics.jsonl": 4})
+    truncate_files(tmp_path, {"metrics.jsonl": 4})
+    assert (tmp_path / "metrics.jsonl").read_text() == "one\n"
+    with pytest.raises(BasculeError, match=r"metrics\.jsonl: has 4 bytes, but had 5"):
+        check_files(tmp_path, {"metrics.jsonl": 5})
+
+
+def test_changes_are_named_with_what_they_mean() -> None:
+    before = config_of(config())
+    assert changes(before, before, 3) == []
+    longer = config_of(config(max_steps=200, exist_ok=True, trainer={"tensor_model_parallel_size": 2}))
+    assert changes(before, longer, 3) == [
+        "max_steps: 100 -> 200: the learning-rate schedule goes on as if the run had had this length "
+        "from its start",
+        "trainer.tensor_model_parallel_size: 1 -> 2: another layout: results may differ in rounding from here on, "
+        "and random numbers of dropout begin anew",
+    ]
+    assert is_same_layout(before, config_of(config(trainer={"micro_batch_size": 2})))
+    assert not is_same_layout(before, longer)
+
+
+def test_changes_that_a_state_does_not_survive_are_refused_by_name() -> None:
+    before = config_of(config())
+    with pytest.raises(ConfigError) as refused:
+        changes(before, config_of(config(seed=1, max_steps=3, model={"model": "n"}, trainer={"lr": 1.0})), 3)
+    for line in (
+        "seed: 42 -> 1: ",
+        "max_steps: 100 -> 3: step 3 is done",
+        "model.model: m -> n: ",
+        "trainer.lr: ",
+    ):
+        assert line in str(refused.value)
+
+
+def test_a_digest_tells_rows_from_other_rows() -> None:
+    def items(*rows: list[int]) -> str:
+        return items_sha256([Prompt(id="", tokens=int_row(row), messages=(), columns={}) for row in rows])
+
+    assert items([1, 2], [3]) == items([1, 2], [3])
+    assert len({items([1, 2], [3]), items([1], [2, 3]), items([3], [1, 2])}) == 3
+
+
+def test_states_are_refused_where_sampling_runs_ahead() -> None:
+    settings = {"algorithm": "grpo", "rewards": [{"function": "r"}], "checkpoint": {"resume_steps": 1}}
+    config(**settings)
+    with pytest.raises(ValueError, match=r"checkpoint\.resume_steps: .*grpo\.max_lag 0, not 1"):
+        config(**settings, grpo={"max_lag": 1})
+
+
+def test_states_of_adapters_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"checkpoint\.resume_steps: a run with adapters"):
+        config(checkpoint={"resume_steps": 1}, tuner={"tuner_type": "lora"})
