@@ -1,15 +1,14 @@
 """An environment on Ray: workers that run it in child processes, and the group of them."""
 
 import asyncio
-import contextlib
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import ray
 
-from actors.deadline import get, get_all
+from actors.deadline import get_all
 from actors.placement import Reservation
+from actors.worker_group import end_workers, place_of
 from algorithms.data import Message, Prompt
 from algorithms.environments.calling import Reply, Step
 from algorithms.environments.loading import read_environment
@@ -17,7 +16,6 @@ from algorithms.environments.process import EnvironmentRunner
 from algorithms.rewards.child import Loaded
 from algorithms.rewards.loading import RewardSource
 from algorithms.rewards.process import MARGIN_S
-from configs.errors import BasculeError
 from configs.schema import RunConfig
 
 
@@ -53,15 +51,11 @@ class EnvironmentGroup:
 
     def worker_for(self, prompt: Prompt) -> Any:
         """The actor that plays the episodes of a prompt."""
-        return self.workers[zlib.crc32(prompt.id.encode()) % len(self.workers)]
+        return self.workers[place_of(prompt, len(self.workers))]
 
     def close(self) -> None:
         """End the workers and their child processes."""
-        for worker in self.workers:
-            # Without the call a child would stay until it notices that the pipe is closed.
-            with contextlib.suppress(BasculeError):
-                get(worker.close.remote(), "environment worker", timeout_s=5, phase="close")
-            ray.kill(worker)
+        end_workers(self.workers, "environment worker")
 
 
 def create_environment(config: RunConfig, reservation: Reservation) -> EnvironmentGroup:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from actors.megatron_adapter_checkpoint import load_adapter, save_adapter
 from actors.megatron_checkpoint import load_torch_dist, save_torch_dist
 from actors.megatron_model import FrozenModel, MegatronModel
 from bridge.partial_directory import naming
@@ -22,17 +21,15 @@ def save_rank(
     *,
     step: int,
     rank: int,
-    adapters: bool,
     moved_reference: FrozenModel | None,
 ) -> None:
     """Write this rank's part into `directory`; every rank must call it. Raises WriteError naming the file.
 
-    With `adapters` only what is trained is written. `moved_reference` is a reference that follows the policy.
+    `moved_reference` is a reference that follows the policy.
     """
     optimizer_steps = model.scheduler.num_steps
-    save = save_adapter if adapters else save_torch_dist
     # Before its first step an optimizer has no state that Megatron could save.
-    save(
+    save_torch_dist(
         model.chunks,
         directory / "policy",
         optimizer=model.optimizer if optimizer_steps else None,
@@ -56,7 +53,6 @@ def load_rank(
     directory: Path,
     *,
     rank: int,
-    adapters: bool,
     moved_reference: FrozenModel | None,
     same_layout: bool,
 ) -> None:
@@ -66,8 +62,9 @@ def load_rank(
     """
     own = torch.load(_own(directory, rank if same_layout else 0), weights_only=True)
     optimizer_steps = int(own["optimizer_steps"])
-    load = load_adapter if adapters else load_torch_dist
-    load(model.chunks, directory / "policy", optimizer=model.optimizer if optimizer_steps else None)
+    load_torch_dist(
+        model.chunks, directory / "policy", optimizer=model.optimizer if optimizer_steps else None
+    )
     # Not from the checkpoint: Megatron refuses a schedule of another length.
     model.scheduler.num_steps = 0
     model.scheduler.step(increment=optimizer_steps)

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -18,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.deadline import ActorLostError, DeadlineExceededError, get, get_all
 from actors.events import Event, unheard
 from actors.reward_swap import post_answer, take_request
+from actors.worker_group import end_workers, place_of
 from algorithms.data import Group, Prompt, Rollout, Scored, Verdict
 from algorithms.rewards.child import Loaded
 from algorithms.rewards.loading import RewardSource, read_sources
@@ -154,7 +154,7 @@ class _Pending:
 
 
 class RewardGroup:
-    """Workers that score groups as they come in (algorithms.roles.Judge)."""
+    """Workers that score groups as they come in; SwappableRewards makes a judge of them."""
 
     def __init__(
         self,
@@ -179,19 +179,13 @@ class RewardGroup:
         self._settings = settings
         self._use(sources, loaded)
 
-    def begin(self, step: int) -> None:
-        """See SwappableRewards; these stay as they are."""
-
     def tell(self, event: Event) -> None:
         """Tell of workers that were replaced."""
         self._event = event
 
     def worker_for(self, prompt: Prompt) -> Any:
         """The actor that scores the completions of a prompt, and should hear of each as soon as it is there."""
-        return self.workers[self._place_of(prompt)]
-
-    def _place_of(self, prompt: Prompt) -> int:
-        return zlib.crc32(prompt.id.encode()) % len(self.workers)
+        return self.workers[place_of(prompt, len(self.workers))]
 
     def score(self, groups: Iterable[Group]) -> Iterator[Scored]:
         """Each group with its rewards, in the order they finish; workers score while `groups` is waited for.
@@ -228,11 +222,7 @@ class RewardGroup:
 
     def close(self) -> None:
         """End the workers and their child processes."""
-        for worker in self.workers:
-            # Without the call a child would stay until it notices that the pipe is closed.
-            with contextlib.suppress(BasculeError):
-                get(worker.close.remote(), "reward worker", timeout_s=5, phase="close")
-            ray.kill(worker)
+        end_workers(self.workers, "reward worker")
 
     def _use(self, sources: Sequence[RewardSource], loaded: Sequence[Loaded]) -> None:
         self.sources = tuple(sources)
@@ -241,7 +231,7 @@ class RewardGroup:
         self._settler = Settler(configs, self._settings, hashes, self._environment_weight)
 
     def _send(self, group: Group) -> tuple[Any, _Pending]:
-        worker = self._place_of(group.prompt)
+        worker = place_of(group.prompt, len(self.workers))
         limit_s = MARGIN_S + sum(source.config.timeout_s for source in self.sources) * len(group.rollouts)
         task = _Pending(
             worker=worker, group=group, deadline=time.monotonic() + limit_s, limit_s=limit_s, finished=-1
@@ -345,7 +335,8 @@ def create_reward_group(
 
 
 class SwappableRewards:
-    """A RewardGroup as a judge whose rewards `bascule reward reload DIRECTORY` replaces between two steps."""
+    """A RewardGroup as a judge (algorithms.roles.Judge), whose rewards `bascule reward reload` replaces between
+    two steps."""
 
     def __init__(self, group: RewardGroup, directory: Path, event: Event, timeout_s: float) -> None:
         self._group, self._directory = group, directory

@@ -224,7 +224,6 @@ class TrainerRank:
             *(self._model, directory),
             step=step,
             rank=self._rank,
-            adapters=self._adapters is not None,
             moved_reference=self._moved_reference,
         )
 
@@ -235,7 +234,6 @@ class TrainerRank:
         load_rank(
             *(self._model, directory),
             rank=self._rank,
-            adapters=self._adapters is not None,
             moved_reference=self._moved_reference,
             same_layout=same_layout,
         )

@@ -1,5 +1,6 @@
 """One frozen type per stage of a step. Rows are read-only numpy arrays, so they cross Ray without copies."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,6 +28,11 @@ def float_row(values: Any) -> FloatRow:
     return row
 
 
+def jsonable(value: Any) -> Any:
+    """The same with what JSON does not have as text: what is read back from a file is then what was written."""
+    return json.loads(json.dumps(value, default=str))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
     """A prompt as the engine sees it (`tokens`) and as its author wrote it (`messages`, all `columns`)."""
@@ -35,6 +41,11 @@ class Prompt:
     tokens: IntRow
     messages: tuple[Message, ...]
     columns: Mapping[str, Any]
+
+    @property
+    def text(self) -> Any:
+        """What the row has as `prompt`, or what the last message says."""
+        return self.columns["prompt"] if "prompt" in self.columns else self.messages[-1]["content"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

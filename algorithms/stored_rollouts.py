@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from algorithms.data import Group, Prompt, Rollout, Scored, Verdict, float_row, int_row
+from algorithms.data import Group, Prompt, Rollout, Scored, Verdict, float_row, int_row, jsonable
 from configs.errors import ConfigError
 
 
@@ -48,7 +48,7 @@ def stored_row(step: int, split: str, scored: Scored, index: int) -> dict[str, A
         "rewards": {name: values[index] for name, values in scored.parts.items()},
         "reward_sources": {name: digest[:12] for name, digest in scored.sources.items()},
         "weight_versions": rollout.versions,
-        "columns": json.loads(json.dumps(columns, default=str)),
+        "columns": jsonable(columns),
     }
     if rollout.turns:
         row |= {"turns": [dict(turn) for turn in rollout.turns], "loss_mask": rollout.loss_mask.tolist()}

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from algorithms.data import Message, Prompt
 from algorithms.environments.loading import Environment
+from algorithms.rewards.calling import shown
 from algorithms.rewards.loading import error_line
 from algorithms.rewards.signature import Signature
 from configs.errors import BasculeError
@@ -89,7 +90,7 @@ def read_reply(value: object, title: str) -> Reply:
         return Reply(observation=value)
     if not isinstance(value, Mapping):
         raise EnvironmentFailedError(
-            f"{title}: gave {_shown(value)}; it gives None to end, a text, or a dict of {', '.join(_KEYS)}"
+            f"{title}: gave {shown(value)}; it gives None to end, a text, or a dict of {', '.join(_KEYS)}"
         )
     given = {str(name): each for name, each in cast(Mapping[object, object], value).items()}
     unknown = [name for name in given if name not in _KEYS]
@@ -98,13 +99,13 @@ def read_reply(value: object, title: str) -> Reply:
     observation, role = given.get("observation"), given.get("role")
     if observation is not None and not isinstance(observation, str):
         raise EnvironmentFailedError(
-            f"{title}: gave the observation {_shown(observation)}; it is a text or None"
+            f"{title}: gave the observation {shown(observation)}; it is a text or None"
         )
     if role is not None and role not in _ROLES:
-        raise EnvironmentFailedError(f"{title}: gave the role {_shown(role)}; it is tool or user")
+        raise EnvironmentFailedError(f"{title}: gave the role {shown(role)}; it is tool or user")
     done = given.get("done", False)
     if not isinstance(done, bool):
-        raise EnvironmentFailedError(f"{title}: gave `done` {_shown(done)}; it is True or False")
+        raise EnvironmentFailedError(f"{title}: gave `done` {shown(done)}; it is True or False")
     return Reply(
         observation=observation,
         role=role,
@@ -124,12 +125,8 @@ def too_late(title: str, timeout_s: float) -> str:
 
 
 def _of_prompt(prompt: Prompt) -> dict[str, Any]:
-    columns = prompt.columns
-    return {
-        **columns,
-        "prompt": columns["prompt"] if "prompt" in columns else prompt.messages[-1]["content"],
-        "messages": [dict(message) for message in prompt.messages],
-    }
+    messages = [dict(message) for message in prompt.messages]
+    return {**prompt.columns, "prompt": prompt.text, "messages": messages}
 
 
 def _chosen(offered: Mapping[str, Any], signature: Signature, step: Step, name: str) -> dict[str, Any]:
@@ -151,9 +148,4 @@ def _number(value: object, title: str) -> float | None:
     # Numbers of numpy and bools are numbers as well.
     if isinstance(value, numbers.Real) and math.isfinite(float(value)):
         return float(value)
-    raise EnvironmentFailedError(f"{title}: gave the reward {_shown(value)}; it is a finite number or None")
-
-
-def _shown(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+    raise EnvironmentFailedError(f"{title}: gave the reward {shown(value)}; it is a finite number or None")

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import inspect
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, cast
@@ -20,7 +20,7 @@ from algorithms.environments.calling import (
     too_late,
 )
 from algorithms.environments.loading import Environment, build_environment
-from algorithms.rewards.child import BEAT_S, Beat, Loaded
+from algorithms.rewards.child import LateError, Loaded, awaited_within, serve_on_loop, waited
 from configs.errors import BasculeError
 
 # Objects of episodes whose end nobody has told: a lost engine leaves some.
@@ -47,9 +47,6 @@ class End:
     """The episode is over: forget its object."""
 
     episode: str
-
-
-Message = Began | Replied | Beat
 
 
 def serve(connection: Connection) -> None:
@@ -108,6 +105,21 @@ class Episodes:
         """What to call a step in messages."""
         return step.title(self.environment.name)
 
+    def failed(self, step: Step, error: BaseException) -> Reply:
+        """The reply to a step at which this was raised."""
+        title, timeout_s = self.title(step), self.environment.source.config.timeout_s
+        if isinstance(error, LateError):
+            return Reply(error=too_late(title, timeout_s))
+        if isinstance(error, EnvironmentFailedError):
+            return Reply(error=str(error))
+        return Reply(error=failure(self.environment, title, error))
+
+    def after(self, step: Step, reply: Reply) -> Reply:
+        """The reply; an episode that is over with it is forgotten."""
+        if reply.done or reply.error is not None:
+            self.forget(step.episode)
+        return reply
+
     def forget(self, episode: str) -> None:
         """The episode is over, or its object is not to be trusted any more."""
         self._objects.pop(episode, None)
@@ -123,15 +135,11 @@ def reply_now(episodes: Episodes, step: Step, began: Callable[[int], None]) -> R
             began(step.number)
             result = call(**arguments_of(environment, each))
             if inspect.isawaitable(result):
-                result = asyncio.run(_waited(result))
+                result = asyncio.run(waited(result))
             reply = read_reply(result, title)
-    except EnvironmentFailedError as error:
-        reply = Reply(error=str(error))
     except (Exception, SystemExit) as error:  # noqa: BLE001 -- the user's code, isolated here
-        reply = Reply(error=failure(environment, title, error))
-    if reply.done or reply.error is not None:
-        episodes.forget(step.episode)
-    return reply
+        reply = episodes.failed(step, error)
+    return episodes.after(step, reply)
 
 
 async def reply_async(episodes: Episodes, step: Step) -> Reply:
@@ -141,51 +149,25 @@ async def reply_async(episodes: Episodes, step: Step) -> Reply:
     reply = Reply(done=True)
     try:
         for each, call in episodes.calls(step):
-            result = cast(Awaitable[object], call(**arguments_of(environment, each)))
-            waiting = asyncio.ensure_future(_waited(result))
-            done, _ = await asyncio.wait({waiting}, timeout=timeout_s)
-            if not done:
-                waiting.cancel()
-                raise EnvironmentFailedError(too_late(title, timeout_s))
-            reply = read_reply(waiting.result(), title)
-    except EnvironmentFailedError as error:
-        reply = Reply(error=str(error))
+            asked = cast(Awaitable[object], call(**arguments_of(environment, each)))
+            reply = read_reply(await awaited_within(asked, timeout_s), title)
     except (Exception, SystemExit) as error:  # noqa: BLE001 -- the user's code, isolated here
-        reply = Reply(error=failure(environment, title, error))
-    if reply.done or reply.error is not None:
-        episodes.forget(step.episode)
-    return reply
-
-
-async def _waited(result: Awaitable[object]) -> object:
-    return await result
+        reply = episodes.failed(step, error)
+    return episodes.after(step, reply)
 
 
 async def _serve_async(connection: Connection, episodes: Episodes) -> None:
-    loop = asyncio.get_running_loop()
     limit = asyncio.Semaphore(episodes.environment.source.config.max_concurrency)
-    running: set[asyncio.Task[None]] = set()
 
     async def one(step: Step) -> None:
         async with limit:
             reply = await reply_async(episodes, step)
         connection.send(Replied(number=step.number, reply=reply))
 
-    async def beat() -> None:
-        while True:
-            connection.send(Beat())
-            await asyncio.sleep(BEAT_S)
+    def begin(asked: Step | End) -> list[Coroutine[Any, Any, None]]:
+        if isinstance(asked, End):
+            episodes.forget(asked.episode)
+            return []
+        return [one(asked)]
 
-    beating = loop.create_task(beat())
-    try:
-        while True:
-            # The thread waits for what comes next, while the loop goes on with what it has.
-            asked: Step | End = await asyncio.to_thread(connection.recv)
-            if isinstance(asked, End):
-                episodes.forget(asked.episode)
-                continue
-            doing = loop.create_task(one(asked))
-            running.add(doing)
-            doing.add_done_callback(running.discard)
-    finally:
-        beating.cancel()
+    await serve_on_loop(connection, begin)

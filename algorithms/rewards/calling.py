@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from algorithms.data import Group, Prompt, Span, Verdict
+from algorithms.data import Group, Span, Verdict
 from algorithms.rewards.loading import Reward, error_line
 from configs.errors import BasculeError
 
@@ -79,9 +79,7 @@ class Prepared:
             result = cast(Any, result).tolist()
         values = _sequence(result)
         if values is None:
-            raise RewardError(
-                f"{call}: gave {_shown(result)}; it is called with lists and has to give a list"
-            )
+            raise RewardError(f"{call}: gave {shown(result)}; it is called with lists and has to give a list")
         if len(values) != count:
             raise RewardError(f"{call}: gave {len(values)} values for {count} completions")
         found: list[Verdict] = []
@@ -104,7 +102,7 @@ class Prepared:
             **{name: [value] * count for name, value in columns.items()},
             "completions": replies if takes_messages(self._reward, columns) else texts,
             "turns": replies,
-            "prompts": [messages if talks else prompt_text(prompt)] * count,
+            "prompts": [messages if talks else prompt.text] * count,
             "messages": histories,
             "completion_ids": tokens,
             "response_token_ids": tokens,
@@ -162,7 +160,7 @@ def read_verdict(value: object, place: str) -> Verdict:
     given = cast(Mapping[object, object], value)
     entries = {str(name): each for name, each in given.items()}
     if "score" not in entries:
-        raise RewardError(f"{place}: gave {_shown(entries)}; a dict has to have `score`, a number or None")
+        raise RewardError(f"{place}: gave {shown(entries)}; a dict has to have `score`, a number or None")
     score = _check_number(entries.pop("score"), place)
     spans = tuple(_spans(entries.pop("spans", ()), place))
     notes = {name: each for name, each in entries.items() if isinstance(each, str)}
@@ -176,12 +174,12 @@ def _spans(value: object, place: str) -> list[Span]:
     what = "`spans` is a list of (start, end, value), token numbers and a number"
     entries = _sequence(value)
     if entries is None:
-        raise RewardError(f"{place}: gave spans {_shown(value)}; {what}")
+        raise RewardError(f"{place}: gave spans {shown(value)}; {what}")
     found: list[Span] = []
     for each in entries:
         entry = _sequence(each) or ()
         if len(entry) != 3 or not all(isinstance(edge, numbers.Integral) for edge in entry[:2]):
-            raise RewardError(f"{place}: gave the span {_shown(each)}; {what}")
+            raise RewardError(f"{place}: gave the span {shown(each)}; {what}")
         number = _check_number(entry[2], f"{place}, span {entry[0]} to {entry[1]}")
         if number is not None:
             found.append(Span(start=int(entry[0]), end=int(entry[1]), value=number))
@@ -192,11 +190,6 @@ def _sequence(value: object) -> Sequence[Any] | None:
     return cast(Sequence[Any], value) if isinstance(value, list | tuple) else None
 
 
-def prompt_text(prompt: Prompt) -> Any:
-    """The column `prompt`, or what the last message says."""
-    return prompt.columns["prompt"] if "prompt" in prompt.columns else prompt.messages[-1]["content"]
-
-
 def _of_sample(group: Group, index: int) -> dict[str, Any]:
     prompt, rollout = group.prompt, group.rollouts[index]
     columns = prompt.columns
@@ -204,7 +197,7 @@ def _of_sample(group: Group, index: int) -> dict[str, Any]:
         **columns,
         "completion": rollout.text,
         "turns": [dict(turn) for turn in rollout.conversation],
-        "prompt": prompt_text(prompt),
+        "prompt": prompt.text,
         "messages": [dict(message) for message in prompt.messages],
         "tokens": rollout.tokens,
         "finish": rollout.finish,
@@ -244,10 +237,11 @@ def _check_number(value: object, place: str) -> float | None:
         return None
     number = _number(value)
     if number is None or math.isnan(number):
-        raise RewardError(f"{place}: gave {_shown(value)}; a reward is a finite number, a bool, or None")
+        raise RewardError(f"{place}: gave {shown(value)}; a reward is a finite number, a bool, or None")
     return number
 
 
-def _shown(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+def shown(value: object) -> str:
+    """The value as code, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

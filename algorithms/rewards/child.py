@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import inspect
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, cast
@@ -17,6 +17,10 @@ from configs.errors import BasculeError
 
 # How often a child with async functions says that its event loop turns.
 BEAT_S = 1.0
+
+
+class LateError(Exception):
+    """A call did not end in time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,9 +55,6 @@ class Done:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Beat:
     """The event loop turns."""
-
-
-Message = Began | Done | Beat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +107,7 @@ def call_now(reward: Reward, group: Group, call: Call) -> list[Verdict]:
         prepared = Prepared(reward, group, call)
         result = reward.function(**prepared.arguments)
         if inspect.isawaitable(result):
-            result = asyncio.run(_waited(result))
+            result = asyncio.run(waited(result))
         return prepared.verdicts(result, time.monotonic() - began)
     except RewardError as error:
         return failed(call, str(error), time.monotonic() - began)
@@ -114,7 +115,8 @@ def call_now(reward: Reward, group: Group, call: Call) -> list[Verdict]:
         return failed(call, failure(reward, call, error), time.monotonic() - began)
 
 
-async def _waited(result: Awaitable[object]) -> object:
+async def waited(result: Awaitable[object]) -> object:
+    """The result of anything that can be awaited, as a coroutine."""
     return await result
 
 
@@ -124,15 +126,27 @@ def failed(call: Call, error: str, seconds: float, *, timed_out: bool = False) -
 
 
 async def _serve_async(connection: Connection, rewards: Sequence[Reward]) -> None:
-    loop = asyncio.get_running_loop()
     limits = [asyncio.Semaphore(reward.config.max_concurrency) for reward in rewards]
-    running: set[asyncio.Task[None]] = set()
 
     async def one(task: Task, call: Call) -> None:
         reward = rewards[task.reward]
         async with limits[task.reward]:
             verdicts = await call_async(reward, task.group, call)
         connection.send(Done(task=task.number, call=call, verdicts=tuple(verdicts)))
+
+    def begin(task: Task) -> list[Coroutine[Any, Any, None]]:
+        calls = calls_of(rewards[task.reward], task.group, task.indices, task.first)
+        return [one(task, call) for call in calls]
+
+    await serve_on_loop(connection, begin)
+
+
+async def serve_on_loop(
+    connection: Connection, begin: Callable[[Any], Iterable[Coroutine[Any, Any, None]]]
+) -> None:
+    """Run what `begin` makes of each message, all side by side, and say that the loop turns; until EOFError."""
+    loop = asyncio.get_running_loop()
+    running: set[asyncio.Task[None]] = set()
 
     async def beat() -> None:
         while True:
@@ -142,28 +156,35 @@ async def _serve_async(connection: Connection, rewards: Sequence[Reward]) -> Non
     beating = loop.create_task(beat())
     try:
         while True:
-            # The thread waits for the next task, while the loop goes on with those it has.
-            task: Task = await asyncio.to_thread(connection.recv)
-            for call in calls_of(rewards[task.reward], task.group, task.indices, task.first):
-                doing = loop.create_task(one(task, call))
+            # The thread waits for what comes next, while the loop goes on with what it has.
+            for coroutine in begin(await asyncio.to_thread(connection.recv)):
+                doing = loop.create_task(coroutine)
                 running.add(doing)
                 doing.add_done_callback(running.discard)
     finally:
         beating.cancel()
 
 
+async def awaited_within(result: Awaitable[object], timeout_s: float) -> object:
+    """The result. Raises LateError when it takes longer; one that does not let itself be cancelled is left."""
+    waiting = asyncio.ensure_future(waited(result))
+    done, _ = await asyncio.wait({waiting}, timeout=timeout_s)
+    if not done:
+        waiting.cancel()
+        raise LateError
+    return waiting.result()
+
+
 async def call_async(reward: Reward, group: Group, call: Call) -> list[Verdict]:
-    """Await an async function for as long as it may take; one that does not let itself be cancelled is left."""
+    """Await an async function for as long as it may take."""
     began = time.monotonic()
     try:
         prepared = Prepared(reward, group, call)
-        result = cast(Awaitable[Any], reward.function(**prepared.arguments))
-        waiting = asyncio.ensure_future(_waited(result))
-        done, _ = await asyncio.wait({waiting}, timeout=call.timeout_s)
-        if not done:
-            waiting.cancel()
-            return failed(call, call.too_late(), time.monotonic() - began, timed_out=True)
-        return prepared.verdicts(waiting.result(), time.monotonic() - began)
+        asked = cast(Awaitable[object], reward.function(**prepared.arguments))
+        result = await awaited_within(asked, call.timeout_s)
+        return prepared.verdicts(result, time.monotonic() - began)
+    except LateError:
+        return failed(call, call.too_late(), time.monotonic() - began, timed_out=True)
     except RewardError as error:
         return failed(call, str(error), time.monotonic() - began)
     except (Exception, SystemExit) as error:  # noqa: BLE001 -- the user's code, isolated here

@@ -8,15 +8,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from algorithms.data import Group, Verdict
 from algorithms.rewards.calling import Call, RewardError
-from algorithms.rewards.child import BEAT_S, Began, Done, Loaded, Message, Task, failed, serve
+from algorithms.rewards.child import BEAT_S, Beat, Began, Done, Loaded, Task, failed, serve
 from algorithms.rewards.loading import RewardSource
 from configs.errors import BasculeError
 
@@ -29,6 +29,7 @@ CHILD = (
 )
 _PR_SET_PDEATHSIG = 1
 
+T = TypeVar("T")
 Verdicts = Mapping[int, Verdict]
 """By number of the completion."""
 
@@ -193,6 +194,74 @@ class _Waiting:
         self.future: Future[Verdicts] = Future()
 
 
+class AsyncReader(Generic[T]):
+    """What an async child was given and has yet to answer, by number, and the thread that reads its answers."""
+
+    def __init__(
+        self,
+        child: RewardChild,
+        *,
+        what: str,
+        blocked_s: float,
+        take: Callable[[Any], None],
+        give_up: Callable[[T, str, bool], None],
+    ) -> None:
+        """`what` is what the child does, for messages. `take` is given each message but beats, with `lock` free.
+
+        `give_up` is given what was waiting when the child was lost, why, and whether because its event loop stood
+        still for `blocked_s`.
+        """
+        self._child, self._what, self._blocked_s = child, what, BEAT_S + blocked_s
+        self._take, self._give_up = take, give_up
+        self.lock = threading.Lock()
+        self.waiting: dict[int, T] = {}
+        self._reader: threading.Thread | None = None
+
+    def send(self, number: int, waiting: T, message: object) -> None:
+        """Give the child, which is started when it has ended, a message that is answered.
+
+        Raises BasculeError when it does not start; nothing waits then.
+        """
+        with self.lock:
+            self._child.start()
+            self.waiting[number] = waiting
+            self._child.send(message)
+            if self._reader is None:
+                self._reader = threading.Thread(target=self._read, daemon=True)
+                self._reader.start()
+
+    def close(self) -> None:
+        """End the child; what it was doing is given up."""
+        self._child.kill()
+        reader = self._reader
+        if reader is not None:
+            reader.join()
+        self._child.end()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                message = self._child.receive(self._blocked_s, self._what)
+            except BasculeError as error:
+                self._lose(error)
+                return
+            if not isinstance(message, Beat):
+                self._take(message)
+
+    def _lose(self, error: BasculeError) -> None:
+        """What was under way has failed; what comes next starts another child."""
+        blocked = isinstance(error, RewardTimeoutError)
+        why = (
+            f"the event loop stood still for {self._blocked_s:g} s: {self._what} must not block it"
+            if blocked
+            else str(error)
+        )
+        with self.lock:
+            lost, self.waiting, self._reader = list(self.waiting.values()), {}, None
+        for each in lost:
+            self._give_up(each, why, blocked)
+
+
 class AsyncProcess:
     """Async functions in a child: many calls at one time on its event loop, which has to keep turning."""
 
@@ -201,13 +270,16 @@ class AsyncProcess:
     ) -> None:
         """The child is ended when its event loop stands still for `blocked_s`."""
         self._child = RewardChild(sources, start_timeout_s=start_timeout_s, for_async=True)
-        self._blocked_s = BEAT_S + blocked_s
-        self._lock = threading.Lock()
-        self._tasks: dict[int, _Waiting] = {}
+        self._reader = AsyncReader[_Waiting](
+            self._child,
+            what="async rewards",
+            blocked_s=blocked_s,
+            take=self._take,
+            give_up=self._give_up,
+        )
         self._count = 0
         self.finished = 0
         """Calls that have ended."""
-        self._reader: threading.Thread | None = None
 
     def start(self) -> None:
         """Start the child. Raises ConfigError."""
@@ -215,65 +287,36 @@ class AsyncProcess:
 
     def submit(self, reward: int, group: Group, indices: Sequence[int], first: int = 0) -> Future[Verdicts]:
         """Verdicts of these completions by reward number `reward`, when they are there."""
-        waiting = _Waiting(group, indices)
-        with self._lock:
+        waiting, places = _Waiting(group, indices), tuple(indices)
+        with self._reader.lock:
             self._count += 1
-            self._tasks[self._count] = waiting
-            self._child.start()
-            places = tuple(indices)
-            self._child.send(
-                Task(number=self._count, reward=reward, group=group, indices=places, first=first)
-            )
-            if self._reader is None:
-                self._reader = threading.Thread(target=self._read, daemon=True)
-                self._reader.start()
+            number = self._count
+        task = Task(number=number, reward=reward, group=group, indices=places, first=first)
+        self._reader.send(number, waiting, task)
         return waiting.future
 
-    def _read(self) -> None:
-        while True:
-            try:
-                message: Message = self._child.receive(self._blocked_s, "async rewards")
-            except RewardTimeoutError:
-                error = (
-                    f"the event loop stood still for {self._blocked_s:g} s: an async reward must not block it"
-                )
-                self._give_up(error, timed_out=True)
-                return
-            except BasculeError as error:
-                self._give_up(str(error), timed_out=False)
-                return
-            if isinstance(message, Done):
-                self._take(message)
-
     def _take(self, done: Done) -> None:
-        with self._lock:
+        with self._reader.lock:
             self.finished += 1
-            waiting = self._tasks.get(done.task)
+            waiting = self._reader.waiting.get(done.task)
             if waiting is None:  # It was given up with a child that had just been replaced.
                 return
             waiting.found |= dict(zip(done.call.indices, done.verdicts, strict=True))
             if len(waiting.found) < len(waiting.indices):
                 return
-            del self._tasks[done.task]
+            del self._reader.waiting[done.task]
         waiting.future.set_result(waiting.found)
 
-    def _give_up(self, error: str, *, timed_out: bool) -> None:
-        """What was under way has failed; the next task starts another child."""
-        with self._lock:
-            lost, self._tasks, self._reader = list(self._tasks.values()), {}, None
-        for waiting in lost:
-            why = f"rewards of prompt {waiting.group.prompt.id}: {error}"
-            missing = [index for index in waiting.indices if index not in waiting.found]
-            late = {index: Verdict(error=why, timed_out=timed_out) for index in missing}
-            waiting.future.set_result(waiting.found | late)
+    @staticmethod
+    def _give_up(waiting: _Waiting, error: str, timed_out: bool) -> None:
+        why = f"rewards of prompt {waiting.group.prompt.id}: {error}"
+        missing = [index for index in waiting.indices if index not in waiting.found]
+        late = {index: Verdict(error=why, timed_out=timed_out) for index in missing}
+        waiting.future.set_result(waiting.found | late)
 
     def close(self) -> None:
         """End the child."""
-        self._child.kill()
-        reader = self._reader
-        if reader is not None:
-            reader.join()
-        self._child.end()
+        self._reader.close()
 
 
 class RewardRunner:
@@ -303,7 +346,7 @@ class RewardRunner:
 
         `first` is added to the completions' numbers in messages.
         """
-        assert self.loaded, "started before"
+        assert self.loaded or not rewards, "started before"
         return [
             self._async.submit(reward, group, indices, first)
             if self.loaded[reward].signature.is_async

@@ -1,9 +1,8 @@
 """A reward behind an address: JSON over HTTP, one request for the completions of a prompt."""
 
-import json
 from typing import Any
 
-from algorithms.data import Group
+from algorithms.data import Group, jsonable
 
 
 class RewardServer:
@@ -43,15 +42,10 @@ def request_of(group: Group) -> dict[str, Any]:
     """What is sent of a group. Columns that JSON does not have are sent as text."""
     prompt, rollouts = group.prompt, group.rollouts
     return {
-        "prompt": prompt.columns["prompt"] if "prompt" in prompt.columns else prompt.messages[-1]["content"],
+        "prompt": prompt.text,
         "messages": [dict(message) for message in prompt.messages],
         "completions": [rollout.text for rollout in rollouts],
         "token_ids": [rollout.tokens.tolist() for rollout in rollouts],
         "finish_reasons": [rollout.finish for rollout in rollouts],
         "columns": jsonable(prompt.columns),
     }
-
-
-def jsonable(value: Any) -> Any:
-    """The same with what JSON does not have as text: what is read back from a file is then what was written."""
-    return json.loads(json.dumps(value, default=str))

@@ -112,8 +112,10 @@ def test_what_the_environment_gave_is_a_reward() -> None:
     given = [replace(first, environment_reward=2.0), second, replace(third, environment_reward=-1.0)]
     whole = replace(group("a", "b", "c"), rollouts=tuple(given))
     said = {"r": [Verdict(value=1.0), Verdict(), Verdict()]}
-    scored = Settler({"r": RewardConfig(function="r")}, RewardWorkersConfig(), 0.5).settle(whole, said)
+    scored = Settler({"r": RewardConfig(function="r")}, RewardWorkersConfig(), environment_weight=0.5).settle(
+        whole, said
+    )
     np.testing.assert_array_equal(scored.rewards, [2.0, np.nan, -0.5])
     assert scored.parts["environment"] == (2.0, 0.0, -1.0)
-    alone = Settler({}, RewardWorkersConfig(), 0.5).settle(whole, {})
+    alone = Settler({}, RewardWorkersConfig(), environment_weight=0.5).settle(whole, {})
     np.testing.assert_array_equal(alone.rewards, [1.0, 0.0, -0.5])
