@@ -50,7 +50,7 @@ class Opened:
         self.asked: list[str] = []
         self.wrong: list[str] = []
         self.page = browser.new_page(color_scheme=scheme, viewport={"width": 1400, "height": 900})
-        self.page.set_default_timeout(20_000)
+        self.page.set_default_timeout(60_000)
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
         self.page.on("dialog", lambda dialog: self.wrong.append(f"dialog {dialog.message}"))
@@ -122,9 +122,12 @@ def serving(directory: Path) -> Iterator[str]:
     with ViewServer(ViewedRun(directory), 0) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
-        yield server.url
-        server.shutdown()
-        thread.join()
+        try:
+            yield server.url
+        finally:
+            # Otherwise a failed test leaves a thread that keeps this process for ever.
+            server.shutdown()
+            thread.join()
 
 
 @pytest.fixture(params=["saved", "live"])

@@ -121,7 +121,7 @@ class Charts {
         return make("label", {}, box, ` ${title}`);
       });
     const focused = document.activeElement?.value;
-    byId("picker-list").replaceChildren(byId("picker-list").firstElementChild, ...rows);
+    byId("picker-list").replaceChildren(...rows);
     byId("picker-list").querySelectorAll("input").forEach((box) => box.value === focused && box.focus());
     byId("picked").textContent = `${shown.size} of ${this.charts.size}`;
   }
