@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from tqdm import tqdm
 
 from actors.reward_options import add_commands
+from actors.submit_options import add_command as add_submit
 from configs.errors import BasculeError, ConfigError, WriteError
 from configs.export import ExportConfig, InferConfig
 from configs.load import dump_config, load_config, load_settings
@@ -98,6 +99,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     make.add_argument("--seed", type=int, default=42, help="seed of the random weights and of the data")
     make.set_defaults(command_function=_make_model)
     add_commands(commands, Terminal)
+    add_submit(commands)
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command_function in (_make_model, _view):
         parser.error(f"unknown arguments: {' '.join(rest)}")

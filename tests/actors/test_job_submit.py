@@ -1,8 +1,9 @@
-"""`ray job submit` to a real head on this machine: the submitted folder's code runs, with the same outcome."""
+"""Jobs on a real head on this machine: the submitted folder's code runs, with the same outcome and exit code."""
 
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ OUTPUT = "/shared/runs/tiny"
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def dashboard() -> Iterator[str]:
     """A head with a dashboard on loopback, in a folder of its own; ended by its own process."""
     import requests
@@ -81,10 +82,42 @@ def make_clone(folder: Path) -> Path:
     return folder
 
 
-def test_the_command_of_the_readme_trains_and_saves(dashboard: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_clone(tmp_path_factory.mktemp("submitted") / "clone")
+
+
+def start_submit(clone: Path, dashboard: str, *words: str, token: str = "a" * 64) -> subprocess.Popen[str]:
+    """`bascule submit` in the clone."""
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from actors.cli import main; sys.exit(main())"
+    )
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-c", program, "submit", "--config", str(ROOT / "configs/sft-tiny.yaml")),
+            *(
+                "--address",
+                dashboard,
+                "--python",
+                sys.executable,
+                "--model",
+                "runs/tiny/sft/checkpoint",
+                *words,
+            ),
+        ],
+        cwd=clone,
+        env=os.environ | AUTH | {"RAY_AUTH_TOKEN": token},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_the_command_of_the_readme_trains_and_saves(dashboard: str, clone: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    clone, output = make_clone(tmp_path / "clone"), tmp_path / "output"
+    output = tmp_path / "output"
     command = next(line for line in README.splitlines() if line.startswith("ray job submit"))
     words = command.replace("-- python ", f"-- {sys.executable} ").replace(OUTPUT, str(output))
     submitted = subprocess.run(
@@ -105,3 +138,38 @@ def test_the_command_of_the_readme_trains_and_saves(dashboard: str, tmp_path: Pa
     assert [row["step"] for row in steps] == [1, 2]
     assert len(rows(output / "rollouts.jsonl")) == 2 * 128 * 4 + 2 * 20
     AutoModelForCausalLM.from_pretrained(output / "checkpoint")
+
+
+def test_submit_exits_as_the_run_does(dashboard: str, clone: Path, tmp_path: Path) -> None:
+    words = ["--output_dir", str(tmp_path / "run"), "--job", "one", "--dataset", "none of these.jsonl"]
+    job = start_submit(clone, dashboard, *words)
+    out = job.communicate(timeout=200)[0]
+    # Ray's own command line would exit with 1.
+    assert job.returncode == 2, out
+    assert f"job one at {dashboard}" in out
+    assert "error: none of these.jsonl: this dataset cannot be read" in out
+    again = start_submit(clone, dashboard, *words)
+    out = again.communicate(timeout=60)[0]
+    assert again.returncode == 1
+    assert "did not take the job" in out
+    assert "one already exists" in out
+    denied = start_submit(clone, dashboard, *words, token="b" * 64)
+    out = denied.communicate(timeout=60)[0]
+    assert denied.returncode == 1
+    assert "does not answer as a Ray dashboard" in out
+    assert "token" in out
+
+
+def test_ctrl_c_stops_the_job(dashboard: str, clone: Path, tmp_path: Path) -> None:
+    job = start_submit(clone, dashboard, "--output_dir", str(tmp_path / "run"), "--max_steps", "100000")
+    assert job.stdout is not None
+    seen = ""
+    while "step      3/" not in seen:
+        line = job.stdout.readline()
+        assert line, seen
+        seen += line
+    job.send_signal(signal.SIGINT)
+    out = job.communicate(timeout=120)[0]
+    assert job.returncode == 130, seen + out
+    assert "stopping job" in out
+    assert "was stopped" in out
