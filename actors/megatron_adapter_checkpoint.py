@@ -140,6 +140,6 @@ def _replica(adapters: Adapters, factor: Literal["A", "B"]) -> tuple[int, int, i
     data: Any = (
         parallel_state.get_expert_data_parallel_rank()
         if adapters.is_expert
-        else parallel_state.get_data_parallel_rank()
+        else parallel_state.get_data_parallel_rank(with_context_parallel=True)
     )
     return 0, 0 if adapters.is_split(factor) else adapters.group.rank(), data

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
@@ -57,10 +58,15 @@ class PackedAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """Attention output [T, heads * Dv] of query [T, heads, D], key [T, groups, D], value [T, groups, Dv].
 
-        One kernel call per sequence: faster than a block-diagonal mask, whose cost is T squared.
+        One kernel call per sequence: faster than a block-diagonal mask, whose cost is T squared. Under context
+        parallelism the tensors are this rank's part of the row (megatron_context), and so is what comes back.
         """
         assert packed_seq_params is not None, "rows are always packed"
         starts = packed_seq_params.cu_seqlens_q.tolist()
+        # Declared as if there might be no groups.
+        group: Any = parallel_state.get_context_parallel_group()
+        if group.size() > 1:
+            return self._attend_across(query, key, value, starts, group)
         outputs = [
             self._attend(query[start:end], key[start:end], value[start:end])
             for start, end in pairwise(starts)
@@ -68,18 +74,43 @@ class PackedAttention(torch.nn.Module):
         ]
         return torch.cat(outputs).flatten(1)
 
+    def _attend_across(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: list[int], group: Any
+    ) -> torch.Tensor:
+        """The same where each rank has two chunks of every sequence: keys and values of all are gathered once.
+
+        They are few where heads share them, and each chunk of queries then needs one kernel call, on no more
+        keys than it may see. In the backward pass each rank gets the sum of what all found for its tokens.
+        """
+        ranks, rank = group.size(), group.rank()
+        widths = key[0].numel(), value[0].numel()
+        both = torch.cat([key.flatten(1), value.flatten(1)], dim=1)
+        parts = gather_from_sequence_parallel_region(both, group=group).unflatten(0, (ranks, -1))
+        outputs: list[torch.Tensor] = []
+        for start, end in pairwise(starts):
+            first, size = start // ranks, (end - start) // (2 * ranks)
+            halves = parts[:, first : first + size], parts[:, first + size : first + 2 * size].flip(0)
+            keys, values = torch.cat([half.flatten(0, 1) for half in halves]).split(widths, dim=1)
+            keys, values = keys.unflatten(1, key.shape[1:]), values.unflatten(1, value.shape[1:])
+            for half, chunk in enumerate((rank, 2 * ranks - 1 - rank)):
+                queries = query[first + half * size : first + (half + 1) * size]
+                seen = (chunk + 1) * size
+                outputs.append(self._attend(queries, keys[:seen], values[:seen]))
+        return torch.cat(outputs).flatten(1)
+
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention of the last tokens of a sequence, or of all, over the whole of it up to there."""
         query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
         if self.softmax_offset is not None:
             output = self._attend_with_sinks(query, key, value, self.softmax_offset)
         else:
-            tokens = query.shape[2]
-            masked = self.tokens_before is not None and self.tokens_before < tokens - 1
+            tokens, seen = query.shape[2], key.shape[2]
+            masked = tokens < seen or (self.tokens_before is not None and self.tokens_before < tokens - 1)
             output = F.scaled_dot_product_attention(
                 query,
                 key,
                 value,
-                attn_mask=self._visible(tokens, query.device) if masked else None,
+                attn_mask=self._visible(tokens, seen, query.device) if masked else None,
                 is_causal=not masked,
                 scale=self.softmax_scale,
                 enable_gqa=query.shape[1] != key.shape[1],
@@ -93,15 +124,16 @@ class PackedAttention(torch.nn.Module):
         heads, tokens, size = query.shape[1:]
         key, value = (tensor.repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in (key, value))
         scores = (query @ key.transpose(-1, -2)).float() * (self.softmax_scale or size**-0.5)
-        scores = scores.masked_fill(~self._visible(tokens, query.device), float("-inf"))
+        scores = scores.masked_fill(~self._visible(tokens, key.shape[2], query.device), float("-inf"))
         column = sinks.float().view(1, heads, 1, 1).expand(1, heads, tokens, 1)
         weights = torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
         return weights.to(value.dtype) @ value
 
-    def _visible(self, tokens: int, device: torch.device) -> torch.Tensor:
-        """Mask [tokens, tokens], true where the row's token sees the column's."""
-        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril_()
-        return mask if self.tokens_before is None else mask.triu_(-self.tokens_before)
+    def _visible(self, tokens: int, seen: int, device: torch.device) -> torch.Tensor:
+        """Mask [tokens, seen], true where the row's token, one of the last, sees the column's."""
+        before = seen - tokens
+        mask = torch.ones(tokens, seen, dtype=torch.bool, device=device).tril_(before)
+        return mask if self.tokens_before is None else mask.triu_(before - self.tokens_before)
 
     def sharded_state_dict(
         self,

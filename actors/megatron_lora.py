@@ -336,7 +336,7 @@ def _rows_of(parts: Sequence[Part], rows: int, device: torch.device) -> torch.Te
 def _rng_state(is_expert: bool, is_split: bool, seed: int) -> str:
     """Name of the random numbers for dropout, which ranks share that see the same input.
 
-    Megatron's own are the same on all data-parallel ranks.
+    Megatron's own are the same on all data- and context-parallel ranks.
     """
     pipeline = parallel_state.get_pipeline_model_parallel_rank()
     if is_expert:
@@ -347,7 +347,7 @@ def _rng_state(is_expert: bool, is_split: bool, seed: int) -> str:
         ]
         tensor: Any = parallel_state.get_expert_tensor_parallel_rank()
     else:
-        places = [parallel_state.get_data_parallel_rank()]
+        places = [parallel_state.get_data_parallel_rank(with_context_parallel=True)]
         tensor = parallel_state.get_tensor_model_parallel_rank()
     name = f"lora-{'expert' if is_expert else 'dense'}-{'split' if is_split else 'whole'}"
     tracker: Any = get_cuda_rng_tracker()

@@ -4,12 +4,10 @@ On a machine without CUDA, actors.megatron_cpu.install() must have run before th
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -21,12 +19,12 @@ from megatron.core.distributed import (
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from actors.megatron_context import ContextShare
 from actors.megatron_logprobs import vocab_parallel_logprobs
 from actors.megatron_lora import adapters_off, sum_expert_gradients
+from actors.megatron_schedule import Finish, run_schedule
 from actors.megatron_setup import Device, build_chunks, optimizer_config, scheduler, transformer_config
 from algorithms.data import FloatRow, MicroBatch, StepResult, float_row
 from algorithms.roles import Predictions, TokenLoss
@@ -38,11 +36,10 @@ from configs.schema import LayoutConfig, RunConfig
 
 Load = Callable[[list[torch.nn.Module]], None]
 Adapt = Callable[[list[torch.nn.Module]], None]
-Finish = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, Any]]
-Row = Callable[[MicroBatch, torch.Tensor], torch.Tensor]
-"""(micro-batch, the last stage's output [1, T, V / TP]) -> float32 [T]."""
-Divergence = Callable[[MicroBatch, torch.Tensor], torch.Tensor]
-"""(micro-batch, this rank's share [T, V / TP] of its logits) -> divergence [T] from a teacher."""
+Row = Callable[[ContextShare, torch.Tensor], torch.Tensor]
+"""(this rank's part of a micro-batch, the last stage's output [1, L, V / TP] for it) -> float32 [L]."""
+Divergence = Callable[[ContextShare, torch.Tensor], torch.Tensor]
+"""(this rank's part of a micro-batch, its logits [L, V / TP]) -> divergence [L] from a teacher."""
 
 
 class StepFailedError(BasculeError):
@@ -84,34 +81,34 @@ class FrozenModel:
         Every rank must call it, with as many micro-batches as its pipeline neighbours.
         """
         return self.rows(
-            micro_batches, lambda batch, output: self.predictions(batch, output, temperature).logprobs_T
+            micro_batches, lambda share, output: self.predictions(share, output, temperature).logprobs_T
         )
 
     def entropies(self, micro_batches: Sequence[MicroBatch], temperature: float) -> list[FloatRow] | None:
         """As `logprobs`, the entropy over the vocabulary at each token in nats."""
         return self.rows(
-            micro_batches, lambda batch, output: self.predictions(batch, output, temperature).entropy_T
+            micro_batches, lambda share, output: self.predictions(share, output, temperature).entropy_T
         )
 
     def rows(self, micro_batches: Sequence[MicroBatch], of: Row) -> list[FloatRow] | None:
         """As `logprobs`, what `of` says of each micro-batch and the last stage's output for it."""
 
-        def finish(batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, FloatRow]:
-            return output.new_zeros(()), float_row(of(batch, output).cpu().numpy())
+        def finish(share: ContextShare, output: torch.Tensor) -> tuple[torch.Tensor, FloatRow]:
+            return output.new_zeros(()), float_row(share.whole(of(share, output)).cpu().numpy())
 
         return self.evaluate(micro_batches, finish)
 
     def logits(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor] | None:
         """Logits [T, V] of every micro-batch in the model's own type; None off the last stage.
 
-        Every tensor-parallel rank gets all of them: meant for small inputs.
+        Every tensor- and context-parallel rank gets all of them: meant for small inputs.
         """
 
-        def finish(batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def finish(share: ContextShare, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             group = tensor_parallel_group()
             parts = [torch.empty_like(output[0]) for _ in range(dist.get_world_size(group))]
             dist.all_gather(parts, output[0].contiguous(), group=group)
-            return output.new_zeros(()), torch.cat(parts, dim=1)[:, : self.spec.vocab_size]
+            return output.new_zeros(()), share.whole(torch.cat(parts, dim=1)[:, : self.spec.vocab_size])
 
         return self.evaluate(micro_batches, finish)
 
@@ -128,69 +125,19 @@ class FrozenModel:
         for chunk in self.chunks:
             chunk.eval()
         with torch.no_grad():
-            results = self.run_schedule(self.chunks, micro_batches, finish, forward_only=True)
+            results = run_schedule(self.chunks, micro_batches, finish, self.config, forward_only=True)
         return results if parallel_state.is_pipeline_last_stage() else None
 
-    def predictions(self, batch: MicroBatch, output: torch.Tensor, temperature: float) -> Predictions:
-        """What the last stage's `output` [1, T, V / TP] says of the labels."""
+    def predictions(self, share: ContextShare, output: torch.Tensor, temperature: float) -> Predictions:
+        """What the last stage's `output` [1, L, V / TP] says of the labels of this rank's tokens."""
         logprobs_T, entropy_T = vocab_parallel_logprobs(
             output[0],
-            self._tensor(batch.labels_T),
+            torch.tensor(share.mine(share.batch.labels_T), dtype=torch.int64, device=self.device),
             temperature=temperature,
             vocab_size=self.spec.vocab_size,
             group=tensor_parallel_group(),
         )
         return Predictions(logprobs_T=logprobs_T, entropy_T=entropy_T)
-
-    def run_schedule(
-        self,
-        models: Sequence[torch.nn.Module],
-        micro_batches: Sequence[MicroBatch],
-        finish: Finish,
-        *,
-        forward_only: bool,
-    ) -> list[Any]:
-        """Run Megatron's pipeline schedule. Returns what `finish` gave per micro-batch, on the last stage.
-
-        `finish` turns a micro-batch and its logits into a loss and a result; it is called on the last stage.
-        """
-        # The interleaved schedule wants a multiple of the pipeline size. Whatever fills it up has no loss.
-        interleaved = self.config.virtual_pipeline_model_parallel_size is not None
-        missing = -len(micro_batches) % self.config.pipeline_model_parallel_size if interleaved else 0
-        batches = [(batch, finish) for batch in micro_batches]
-        batches += [(micro_batches[-1], _no_loss)] * missing
-
-        def forward_step(rest: Iterator[tuple[MicroBatch, Finish]], model: torch.nn.Module) -> Any:
-            batch, last = next(rest)
-            return self._forward(batch, model), partial(_finish_without_tokens, last, batch)
-
-        iterators = [iter(batches) for _ in models]
-        results = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iterators if interleaved else iterators[0],
-            model=list(models),
-            num_microbatches=len(batches),
-            seq_length=_row_length(micro_batches, self.config),
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
-        return results[: len(micro_batches)]
-
-    def _forward(self, batch: MicroBatch, model: torch.nn.Module) -> torch.Tensor:
-        starts = self._tensor(batch.starts_S).int()
-        longest = int(np.diff(batch.starts_S).max())
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=starts,
-            cu_seqlens_kv=starts,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        )
-        tokens, positions = self._tensor(batch.tokens_T)[None], self._tensor(batch.positions_T)[None]
-        return model(tokens, positions, None, packed_seq_params=packed)
-
-    def _tensor(self, row: np.ndarray) -> torch.Tensor:
-        return torch.tensor(row, dtype=torch.int64, device=self.device)
 
 
 class MegatronModel:
@@ -278,7 +225,8 @@ class MegatronModel:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         finish = partial(self._token_loss, loss, denominator, temperature, divergence)
-        parts = self._model.run_schedule(self._wrapped, micro_batches, finish, forward_only=False)
+        config = self._model.config
+        parts = run_schedule(self._wrapped, micro_batches, finish, config, forward_only=False)
         means = _reduce_sums(parts, self._model.device, num_loss_tokens, denominator)
         _check_finite(number, "loss", means["loss"])
         grad_norm = self._apply_gradients(number)
@@ -294,13 +242,17 @@ class MegatronModel:
         denominator: float,
         temperature: float,
         divergence: Divergence | None,
-        batch: MicroBatch,
+        share: ContextShare,
         output: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        predictions = self._model.predictions(batch, output, temperature)
-        if divergence is not None:
-            predictions = replace(predictions, divergence_T=divergence(batch, output[0]))
-        total, metrics = loss(predictions, batch)
+        mine = self._model.predictions(share, output, temperature)
+        # All context-parallel ranks compute the loss of whole sequences, each for the gradient of its tokens.
+        predictions = Predictions(
+            logprobs_T=share.whole(mine.logprobs_T),
+            entropy_T=share.whole(mine.entropy_T),
+            divergence_T=None if divergence is None else share.whole(divergence(share, output[0])),
+        )
+        total, metrics = loss(predictions, share.batch)
         # Divided before the backward pass, so that gradients are summed at their final size.
         return total / denominator, {"loss": total.detach(), **metrics}
 
@@ -330,32 +282,6 @@ def _finalize_gradients(model: list[torch.nn.Module], num_tokens: torch.Tensor, 
     sum_expert_gradients(model)
     # Without the number of tokens Megatron reduces gradients but does not divide them a second time.
     finalize_model_grads(model, None, **groups)
-
-
-def _no_loss(batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, None]:
-    return output.sum() * 0.0, None
-
-
-def _finish_without_tokens(
-    finish: Finish, batch: MicroBatch, output: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    loss, result = finish(batch, output)
-    # Only a triple keeps the schedule from dividing by the number of micro-batches; its count is not used.
-    return loss, torch.zeros((), dtype=torch.int, device=output.device), result
-
-
-def _row_length(micro_batches: Sequence[MicroBatch], config: TransformerConfig) -> int:
-    lengths = {len(batch.tokens_T) for batch in micro_batches}
-    if len(lengths) != 1:
-        raise BasculeError(f"micro-batches have rows of {sorted(lengths)} tokens; pack them to one length")
-    (length,) = lengths
-    parts = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    if length % parts:
-        raise BasculeError(
-            f"rows of {length} tokens do not split over {parts} sequence-parallel ranks; "
-            f"pack them to a multiple of tensor_model_parallel_size"
-        )
-    return length
 
 
 def _reduce_sums(

@@ -95,6 +95,7 @@ def model_parallel_options(layout: LayoutConfig) -> dict[str, Any]:
         "tensor_model_parallel_size": layout.tensor_model_parallel_size,
         "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": virtual_stages(layout),
+        "context_parallel_size": layout.context_parallel_size,
         "expert_model_parallel_size": layout.expert_model_parallel_size,
         "expert_tensor_parallel_size": layout.expert_tensor_size,
     }
@@ -157,6 +158,7 @@ def _parallel_options(layout: LayoutConfig) -> dict[str, Any]:
         "num_layers_in_last_pipeline_stage": layout.num_layers_in_last_pipeline_stage,
         # Multi-token-prediction layers come back in build_chunks, where they are asked for.
         "pipeline_model_parallel_layout": stages and "|".join(pipeline_stages(stages)).replace("m", ""),
+        "context_parallel_size": layout.context_parallel_size,
         "expert_model_parallel_size": layout.expert_model_parallel_size,
         "expert_tensor_parallel_size": layout.expert_tensor_size,
         "sequence_parallel": layout.sequence_parallel,

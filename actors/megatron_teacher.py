@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 
+from actors.megatron_context import ContextShare
 from actors.megatron_divergence import aligned, vocab_parallel_divergence
 from actors.megatron_model import FrozenModel, MegatronModel, tensor_parallel_group
 from actors.megatron_topk import topk_divergence, vocab_parallel_topk
@@ -45,7 +46,7 @@ class MegatronTeacher:
     def look_at(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Run the teacher over the micro-batches of a step. Every rank must call it."""
 
-        def finish(batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, Kept]:
+        def finish(share: ContextShare, output: torch.Tensor) -> tuple[torch.Tensor, Kept]:
             return output.new_zeros(()), self._topk(output) if self._settings.gkd_logits_topk else output
 
         with _on_device(self._host, self._model.device):
@@ -54,12 +55,12 @@ class MegatronTeacher:
             id(batch): kept for batch, kept in zip(micro_batches, results or (), strict=results is not None)
         }
 
-    def divergence(self, batch: MicroBatch, student_TV: torch.Tensor) -> torch.Tensor:
-        """Float32 [T] for a micro-batch that the teacher has looked at, once, on the last stage.
+    def divergence(self, share: ContextShare, student_TV: torch.Tensor) -> torch.Tensor:
+        """Float32 [L] for a micro-batch that the teacher has looked at, once, on the last stage.
 
-        `student_TV` is this tensor-parallel rank's share of the student's logits.
+        `student_TV` is this tensor- and context-parallel rank's part of the student's logits.
         """
-        kept = self._kept.pop(id(batch))
+        kept = self._kept.pop(id(share.batch))
         settings, group = self._settings, tensor_parallel_group()
         if isinstance(kept, tuple):
             return topk_divergence(
@@ -109,12 +110,15 @@ class GivenTeacher:
     def look_at(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Nothing is left to do."""
 
-    def divergence(self, batch: MicroBatch, student_TV: torch.Tensor) -> torch.Tensor:
+    def divergence(self, share: ContextShare, student_TV: torch.Tensor) -> torch.Tensor:
         """As MegatronTeacher.divergence."""
+        ids_TK, logprobs_TK = share.batch.teacher_ids_TK, share.batch.teacher_logprobs_TK
+        assert ids_TK is not None, "the batch has what the teacher said"
+        assert logprobs_TK is not None, "and how likely"
         return topk_divergence(
             student_TV,
-            torch.tensor(batch.teacher_ids_TK, dtype=torch.int64, device=student_TV.device),
-            torch.tensor(batch.teacher_logprobs_TK, device=student_TV.device),
+            torch.tensor(share.mine(ids_TK), dtype=torch.int64, device=student_TV.device),
+            torch.tensor(share.mine(logprobs_TK), device=student_TV.device),
             beta=self._settings.beta,
             temperature=self._settings.divergence_temperature,
             vocab_size=self._vocab_size,
@@ -131,7 +135,7 @@ def divergences(
 ) -> list[FloatRow] | None:
     """Divergence of the student as it is at each token, float32 [T] each; None off the last stage."""
     teacher.look_at(micro_batches)
-    return student.rows(micro_batches, lambda batch, output: teacher.divergence(batch, output[0]))
+    return student.rows(micro_batches, lambda share, output: teacher.divergence(share, output[0]))
 
 
 def _host_copies(

@@ -320,7 +320,8 @@ def describe(prepared: Prepared) -> Sequence[str]:
         f"{prepared.num_parameters / 1e6:.1f} M parameters), device {prepared.device}",
         *_trained_lines(prepared),
         f"trainer: {trainer.world_size} ranks = tensor {trainer.tensor_model_parallel_size} x pipeline "
-        f"{trainer.pipeline_model_parallel_size} x data {trainer.data_parallel_size}",
+        f"{trainer.pipeline_model_parallel_size} x context {trainer.context_parallel_size} x data "
+        f"{trainer.data_parallel_size}",
     ]
     loss = [
         f"loss: {loss_line(config)}",

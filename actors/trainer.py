@@ -130,11 +130,6 @@ class TrainerGroup:
     def _save(self, directory: Path, iteration: int) -> None:
         self._all([rank.save.remote(directory, iteration) for rank in self.ranks], f"save of {directory}")
 
-    def _replica(self, rank: int) -> int:
-        """Data-parallel position: between the tensor-parallel one and the pipeline stage."""
-        layout = self._config.trainer
-        return rank // layout.tensor_model_parallel_size % layout.data_parallel_size
-
     def _logprobs(
         self, batch: Batch, *, reference: bool, temperature: float | None = None
     ) -> tuple[tuple[FloatRow, ...], ...]:
@@ -145,13 +140,14 @@ class TrainerGroup:
     ) -> tuple[tuple[FloatRow, ...], ...]:
         """What the last pipeline stages say of their micro-batches, by data-parallel rank."""
         rows = self._ask(method, batch, phase, *arguments)
-        found = {self._replica(number): tuple(row) for number, row in enumerate(rows) if row is not None}
-        return tuple(found[replica] for replica in range(self._config.trainer.data_parallel_size))
+        layout = self._config.trainer
+        found = {layout.replica_of(number): tuple(row) for number, row in enumerate(rows) if row is not None}
+        return tuple(found[replica] for replica in range(layout.data_parallel_size))
 
     def _ask(self, method: str, batch: Batch, phase: str, *arguments: Any) -> list[Any]:
         """Call a method of every rank with its micro-batches and these arguments."""
         refs = [
-            getattr(rank, method).remote(batch.ranks[self._replica(number)], *arguments)
+            getattr(rank, method).remote(batch.ranks[self._config.trainer.replica_of(number)], *arguments)
             for number, rank in enumerate(self.ranks)
         ]
         return self._all(refs, phase)

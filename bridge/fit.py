@@ -88,11 +88,11 @@ def _mlps(spec: MegatronSpec, layout: LayoutConfig) -> Iterator[str]:
 
 def _experts(spec: MegatronSpec, layout: LayoutConfig) -> Iterator[str]:
     size, parts = layout.expert_model_parallel_size, layout.expert_tensor_size
-    ranks = layout.tensor_model_parallel_size * layout.data_parallel_size
+    ranks = layout.tensor_model_parallel_size * layout.context_parallel_size * layout.data_parallel_size
     if ranks % (size * parts):
         yield (
             f"expert_model_parallel_size {size} times expert_tensor_parallel_size {parts} does not divide the "
-            f"{ranks} tensor- and data-parallel ranks"
+            f"{ranks} tensor-, context- and data-parallel ranks"
         )
     if not spec.num_experts:
         if size > 1:

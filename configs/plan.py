@@ -1,5 +1,6 @@
 """What `bascule plan` is told when it is about a model on ranks, not about a run."""
 
+from math import prod
 from typing import Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
@@ -33,19 +34,19 @@ class PlanConfig(Section):
         # Nothing has been checked yet: what is no size is left to be refused by name.
         given = cast("dict[str, Any]", values)
         layout: dict[str, Any] = dict(given.get("layout", {}))
-        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
         sizes: list[Any] = [given.get("world"), *(layout.get(name, 1) for name in names)]
         if "data_parallel_size" not in layout and all(isinstance(size, int) and size > 0 for size in sizes):
-            world, tensor, pipeline = sizes
-            layout["data_parallel_size"] = max(1, world // (tensor * pipeline))
+            world, *others = sizes
+            layout["data_parallel_size"] = max(1, world // prod(others))
         return {**given, "layout": layout}
 
     @model_validator(mode="after")
     def _world_is_the_product(self) -> Self:
         if self.world is not None and self.world != self.layout.world_size:
             raise ValueError(
-                f"world: {self.world} is not tensor x pipeline x data = "
+                f"world: {self.world} is not tensor x pipeline x context x data = "
                 f"{self.layout.tensor_model_parallel_size} x {self.layout.pipeline_model_parallel_size} x "
-                f"{self.layout.data_parallel_size}"
+                f"{self.layout.context_parallel_size} x {self.layout.data_parallel_size}"
             )
         return self

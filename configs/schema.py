@@ -54,10 +54,12 @@ class LayoutConfig(Section):
     """Ranks that share each layer's matrices."""
     pipeline_model_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share the layers, in order."""
+    context_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share the tokens of each sequence; of weights they are replicas. For long sequences."""
     data_parallel_size: int = Field(default=1, ge=1)
-    """Replicas; ranks in total = tensor x pipeline x data."""
+    """Replicas; ranks in total = tensor x pipeline x context x data."""
     expert_model_parallel_size: int = Field(default=1, ge=1)
-    """Ranks that share the experts of a layer; they are taken from the tensor- and data-parallel ranks."""
+    """Ranks that share the experts of a layer, taken from the tensor-, context- and data-parallel ranks."""
     expert_tensor_parallel_size: int | None = Field(default=None, ge=1)
     """Ranks that share each expert's matrices; by default the tensor-parallel size."""
     virtual_pipeline_model_parallel_size: int | None = Field(default=None, ge=2)
@@ -74,7 +76,13 @@ class LayoutConfig(Section):
     @property
     def world_size(self) -> int:
         """Number of Megatron ranks."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.data_parallel_size
+        replicas = self.context_parallel_size * self.data_parallel_size
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * replicas
+
+    def replica_of(self, rank: int) -> int:
+        """Data-parallel position of a rank: Megatron counts tensor- and context-parallel ones first."""
+        share = self.tensor_model_parallel_size * self.context_parallel_size
+        return rank // share % self.data_parallel_size
 
     @property
     def expert_tensor_size(self) -> int:

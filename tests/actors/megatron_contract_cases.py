@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from configs.schema import TrainerConfig
+
 LOSSES: dict[str, dict[str, Any]] = {
     "dapo": {"epsilon_high": 0.28},
     "grpo, kl": {"loss_type": "grpo", "beta": 0.1},
@@ -37,7 +39,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "recompute_num_layers": 2,
     },
     "one, selective": {"recompute_granularity": "selective"},
+    "cp2": {"context_parallel_size": 2},
+    "cp2-tp2-sp": {
+        "context_parallel_size": 2,
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+    },
+    "cp2-pp2": {"context_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    "cp2-dp2": {"context_parallel_size": 2, "data_parallel_size": 2},
+    "cp4, recompute": {"context_parallel_size": 4, "recompute_granularity": "full"},
 }
+
+
 PACKINGS: dict[str, tuple[dict[str, Any], bool]] = {
     "1": ({"micro_batch_size": 1}, False),
     "2": ({"micro_batch_size": 2}, False),
@@ -47,3 +60,20 @@ PACKINGS: dict[str, tuple[dict[str, Any], bool]] = {
     "padded 2, other order": ({"micro_batch_size": 2, "packing": False}, True),
 }
 """Settings of the trainer, and whether the samples come in the other order."""
+
+
+def world_size(layout: str) -> int:
+    """Processes that the layout takes."""
+    return TrainerConfig.model_validate(LAYOUTS[layout]).world_size
+
+
+def losses_of(layout: str) -> tuple[str, ...]:
+    """What is measured under the layout: with four processes on two cores only what it might change."""
+    if world_size(layout) <= 2:
+        return ("sft", *LOSSES)
+    return ("gspo-token, geometric mask", "sapo, entropy, off-policy mask")
+
+
+def packings_of(layout: str) -> tuple[str, ...]:
+    """The same for ways to pack."""
+    return tuple(PACKINGS) if world_size(layout) <= 2 else ("1", "40 tokens, other order")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron_contract_cases import LAYOUTS, LOSSES, PACKINGS
+from megatron_contract_cases import LAYOUTS, LOSSES, PACKINGS, losses_of, packings_of
 from megatron_worker import grads_of, join, loader, mine, run_under, worst
 from megatron_worker_reference import TEMPERATURE, build_reference
 
@@ -103,7 +103,7 @@ def loss_and_scale(name: str, samples: Sequence[TrainSample]) -> tuple[TokenLoss
     return policy_loss(settings), scaling(samples, tokens, settings)
 
 
-def measure(reference: Any, model: MegatronModel, sizes: dict[str, Any], name: str) -> dict[str, Any]:
+def measure(reference: Any, model: MegatronModel, layout: str, name: str) -> dict[str, Any]:
     """Errors of loss and gradient, the largest over all ways to pack the samples."""
     samples = make_samples(reference, reference.config.vocab_size)
     loss, scale = loss_and_scale(name, samples)
@@ -111,9 +111,10 @@ def measure(reference: Any, model: MegatronModel, sizes: dict[str, Any], name: s
     grads = grads_of(reference)
     replica = parallel_state.get_data_parallel_rank()
     errors = {}
-    for packing, (settings, is_reversed) in PACKINGS.items():
+    for packing in packings_of(layout):
+        settings, is_reversed = PACKINGS[packing]
         loader(reference)(model.chunks)
-        trainer = TrainerConfig.model_validate({**sizes, **settings})
+        trainer = TrainerConfig.model_validate({**LAYOUTS[layout], **settings})
         batch = pack(samples[::-1] if is_reversed else samples, trainer, scale)
         result = model.step(batch.ranks[replica], batch.num_loss_tokens, loss, TEMPERATURE, batch.denominator)
         got = worst((p.main_grad, grads[name]) for name, p in mine(model.chunks))
@@ -133,8 +134,8 @@ def main(rank: int, world_size: int, directory: Path) -> None:
         config = reference.config.to_dict()
         spec = family_of(config).megatron(config)
         model = MegatronModel(run, spec, device="cpu", load=loader(reference))
-        every = partial(measure, reference, model, sizes)
-        results |= {f"{layout}/{name}": every(name) for name in ("sft", *LOSSES)}
+        every = partial(measure, reference, model, layout)
+        results |= {f"{layout}/{name}": every(name) for name in losses_of(layout)}
         shutdown_megatron()
     (directory / f"{rank}.json").write_text(json.dumps(results))
 

@@ -6,6 +6,7 @@ from typing import Any
 _SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 _PP = {"pipeline_model_parallel_size": 2}
 _DP = {"data_parallel_size": 2}
+_CP = {"context_parallel_size": 2}
 
 
 def _ep(size: int, tensor: int | None) -> dict[str, Any]:
@@ -16,6 +17,7 @@ def world_size(layout: str) -> int:
     """Processes that the layout takes."""
     sizes = LAYOUTS[layout]
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size")
+    names += ("context_parallel_size",)
     return math.prod(sizes.get(name, 1) for name in names)
 
 
@@ -32,6 +34,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2-vpp2": _PP | {"virtual_pipeline_model_parallel_size": 2},
     "pp2-vpp2-layout": _PP | {"pipeline_model_parallel_layout": "E|t*2|t,|t,L"},
     "pp2-vpp2-layout-mtp": _PP | {"pipeline_model_parallel_layout": "Et|t|t|t,m,L"},
+    "cp2": _CP,
+    "cp2-ep2": _CP | _ep(2, None),
     "tp2-ep2": {"tensor_model_parallel_size": 2} | _ep(2, 1),
     "tp4-sp": {"tensor_model_parallel_size": 4, "sequence_parallel": True},
     "tp2-pp2-ep2": {"tensor_model_parallel_size": 2} | _PP | _ep(2, 1),
@@ -81,6 +85,8 @@ STEPS: dict[str, tuple[str, ...]] = {
     "pp2-first1": ("qwen2-tied", "qwen3_moe"),
     "pp2-vpp2": ("llama-3-groups", "qwen2-tied", "qwen2_moe", "deepseek_v3-yarn", "gpt_oss"),
     "pp2-vpp2-layout": ("qwen2-tied", "deepseek_v3"),
+    "cp2": ("llama-3-groups", "seed_oss", "deepseek_v3-yarn", "gpt_oss-yarn"),
+    "cp2-ep2": ("qwen3_moe", "gpt_oss"),
     "tp4-sp": ("qwen3-12-heads",),
     "tp2-sp-pp2-ep2": ("qwen2_moe", "deepseek_v3", "gpt_oss"),
     "tp2-sp-dp2-ep2-etp2": ("mixtral", "deepseek_v3", "glm4_moe"),
@@ -93,6 +99,7 @@ STEPS: dict[str, tuple[str, ...]] = {
 READS: dict[str, tuple[str, ...]] = {
     "one": ("deepseek_v3", "glm4_moe"),
     "tp2": ("qwen2_moe", "deepseek_v3", "glm4_moe"),
+    "cp2": ("deepseek_v2",),
     "tp2-ep2": ("qwen3_moe", "deepseek_v2", "gpt_oss"),
     "pp2-vpp2-layout-mtp": ("deepseek_v3",),
     "tp2-pp2-ep2": ("glm4_moe", "gpt_oss"),

@@ -41,6 +41,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pipeline_model_parallel_size": 2},
     "tp2": {"tensor_model_parallel_size": 2},
     "dp2": {"data_parallel_size": 2},
+    "cp2": {"context_parallel_size": 2},
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     **{f"beta {beta:g}": {"beta": beta} for beta in gkd_reference.BETAS},
@@ -54,6 +55,7 @@ CASES = {
     "pp2": ("beta 0", "beta 0.5", "beta 1", "topk", "offload"),
     "tp2": ("beta 0.5", "offload"),
     "dp2": ("beta 0.5",),
+    "cp2": ("beta 0.5", "tail", "offload"),
 }
 CLIP_GRAD = 0.05
 VOCABULARY = 131

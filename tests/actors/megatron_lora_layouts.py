@@ -24,6 +24,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "tp2-sp-ep2": ("qwen3_moe", "deepseek_v3"),
     "ep2": ("qwen3_moe", "deepseek_v3"),
     "etp2": ("qwen3_moe",),
+    "cp2": ("llama", "qwen3_moe", "deepseek_v3"),
     "pp2": ("llama", "qwen2-last", "deepseek_v3"),
     "pp2-vpp2": ("llama", "qwen2-last"),
 }
@@ -32,6 +33,7 @@ SPLIT = ("one", "tp2-sp", "tp2-sp-ep2", "etp2", "pp2-vpp2")
 """Where the first case is also run under the distributed optimizer, for three steps."""
 TRIPS = (
     ("tp2-sp", "pp2", "llama"),
+    ("cp2", "tp2", "llama"),
     ("tp2-sp-ep2", "ep2", "qwen3_moe"),
     ("pp2", "tp2", "qwen2-last"),
     ("tp2", "pp2", "qwen2-last"),

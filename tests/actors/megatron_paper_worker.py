@@ -28,18 +28,19 @@ from configs.schema import LayoutConfig  # noqa: E402
 from tests.bridge.family_models import CONFIGS  # noqa: E402
 
 SIZES = (
-    (2, 1, 3, 1, None),
-    (2, 2, 2, 2, None),
-    (4, 1, 2, 2, 2),
-    (2, 2, 4, 4, 1),
-    (1, 1, 4, 2, 2),
+    (2, 1, 1, 3, 1, None),
+    (2, 2, 1, 2, 2, None),
+    (4, 1, 1, 2, 2, 2),
+    (2, 2, 1, 4, 4, 1),
+    (1, 1, 1, 4, 2, 2),
+    (2, 2, 3, 2, 2, 1),
 )
-"""Tensor, pipeline, data, expert and expert-tensor parallel sizes."""
+"""Tensor, pipeline, context, data, expert and expert-tensor parallel sizes."""
 
 
 def places(sizes: tuple[int | None, ...]) -> list[dict[str, Any]]:
     """For every rank, by parallel_state and on paper: its places, its part of the experts, and its stage."""
-    names = ("tensor_model", "pipeline_model", "data", "expert_model", "expert_tensor")
+    names = ("tensor_model", "pipeline_model", "context", "data", "expert_model", "expert_tensor")
     options = {f"{name}_parallel_size": size for name, size in zip(names, sizes, strict=True)}
     shape, rows = LayoutConfig.model_validate(options), []
     per_stage = shape.world_size // shape.pipeline_model_parallel_size
@@ -49,8 +50,10 @@ def places(sizes: tuple[int | None, ...]) -> list[dict[str, Any]]:
                 place_of_this_rank(),
                 parallel_state.get_expert_model_parallel_rank(),
                 parallel_state.get_pipeline_model_parallel_rank(),
+                parallel_state.get_data_parallel_rank(),
             )
-        paper = (place_of(shape, rank), expert_rank_of(shape, rank), rank // per_stage)
+        place = place_of(shape, rank)
+        paper = (place, expert_rank_of(shape, rank), rank // per_stage, shape.replica_of(rank))
         rows.append({"rank": rank, "megatron": str(real), "paper": str(paper)})
     return rows
 

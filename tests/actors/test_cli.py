@@ -76,7 +76,7 @@ def test_plan_prints_the_resolved_config_and_what_would_start(
     assert main(["plan", "--config", str(workspace / "grpo.yaml"), "--num_generations", "2"]) == 0
     shown = capsys.readouterr().out
     assert "num_generations: 2" in shown
-    assert "trainer: 2 ranks = tensor 2 x pipeline 1 x data 1" in shown
+    assert "trainer: 2 ranks = tensor 2 x pipeline 1 x context 1 x data 1" in shown
     assert "20 prompts, 6 held out" in shown
     assert "2 x trainer: 0.5 CPU" in shown
     assert main(["plan", "--config", str(workspace / "sft.yaml")]) == 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.actors.megatron_contract_cases import LAYOUTS, LOSSES, PACKINGS
+from tests.actors.megatron_contract_cases import LAYOUTS, losses_of, packings_of, world_size
 from tests.actors.megatron_processes import RunWorkers
 
 pytestmark = pytest.mark.megatron
@@ -27,21 +27,22 @@ def results(tmp_path_factory: pytest.TempPathFactory, run_workers: RunWorkers) -
     finished: dict[int, list[dict[str, Any]]] = {}
 
     def of_case(case: str) -> list[Any]:
-        world_size = 1 if case.startswith("one") else 2
-        if world_size not in finished:
-            finished[world_size] = run_workers(WORKER, world_size, tmp_path_factory.mktemp("contract"))
-        return [rank[case] for rank in finished[world_size]]
+        size = world_size(case.split("/", maxsplit=1)[0])
+        if size not in finished:
+            finished[size] = run_workers(WORKER, size, tmp_path_factory.mktemp("contract"))
+        return [rank[case] for rank in finished[size]]
 
     return of_case
 
 
-@pytest.mark.parametrize("name", ["sft", *LOSSES])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "name"), [(layout, name) for layout in LAYOUTS for name in losses_of(layout)]
+)
 def test_the_gradient_is_that_of_every_sample_by_itself(layout: str, name: str, results: Results) -> None:
     measured = results(f"{layout}/{name}")
-    assert len(measured) == (1 if layout.startswith("one") else 2)
+    assert len(measured) == world_size(layout)
     for rank in measured:
-        assert rank.keys() == PACKINGS.keys()
+        assert tuple(rank) == packings_of(layout)
         for packing, errors in rank.items():
             assert errors["loss"] < 1e-5, packing
             assert errors["grads"] < 1e-5, packing

@@ -38,7 +38,7 @@ def answer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_ranks_are_where_megatron_puts_them(answer: dict[str, Any]) -> None:
-    assert len(answer["places"]) == 6 + 8 + 8 + 16 + 4
+    assert len(answer["places"]) == 6 + 8 + 8 + 16 + 4 + 24
     for row in answer["places"]:
         assert row["paper"] == row["megatron"], row["rank"]
 

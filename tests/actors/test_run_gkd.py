@@ -32,7 +32,18 @@ RUNS = {
         *("--temperature", "0.9", "--offload_teacher"),
     ],
     "given": [
-        *("--lmbda", "0", "--beta", "1", "--sft_alpha", "0.1", "--data_parallel_size", "2", "--lr", "1e-2"),
+        *(
+            "--lmbda",
+            "0",
+            "--beta",
+            "1",
+            "--sft_alpha",
+            "0.1",
+            "--context_parallel_size",
+            "2",
+            "--lr",
+            "1e-2",
+        ),
         *("--max_steps", "4"),
     ],
 }

@@ -17,6 +17,7 @@ DRAWS = 24
 _TRIES = 600
 
 _TP, _PP, _DP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size"
+_CP = "context_parallel_size"
 _EP, _ETP, _VPP = (
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
@@ -46,6 +47,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2-pp2-vpp2": {_TP: 2, _PP: 2, _SP: True, _VPP: 2},
     "tp2-pp2-ep2-etp1": {_TP: 2, _PP: 2, _EP: 2, _ETP: 1},
     "tp2-dp2": {_TP: 2, _DP: 2},
+    "tp2-cp2": {_TP: 2, _CP: 2},
     "tp2-dp2-ep2-etp1": {_TP: 2, _DP: 2, _SP: True, _EP: 2, _ETP: 1},
     "tp2-dp2-ep2-etp2": {_TP: 2, _DP: 2, _EP: 2, _ETP: 2},
     "pp2-dp2-ep2": {_PP: 2, _DP: 2, _EP: 2},
@@ -81,6 +83,7 @@ FAMILIES_UNDER: dict[str, tuple[str, ...]] = {
     "tp2-pp2-vpp2": ("llama tied", "deepseek_v3"),
     "tp2-pp2-ep2-etp1": ("qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"),
     "tp2-dp2": ("llama", "glm4"),
+    "tp2-cp2": ("qwen3",),
     "tp2-dp2-ep2-etp1": ("gpt_oss", "qwen2_moe"),
     "tp2-dp2-ep2-etp2": ("mixtral", "glm4_moe"),
     "pp2-dp2-ep2": ("qwen3_moe", "deepseek_v3"),

@@ -1,0 +1,84 @@
+"""Micro-batches through Megatron's pipeline schedules.
+
+On a machine without CUDA, actors.megatron_cpu.install() must have run before this module is imported.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from actors.megatron_context import ContextShare, shares_of
+from algorithms.data import MicroBatch
+
+Finish = Callable[[ContextShare, torch.Tensor], tuple[torch.Tensor, Any]]
+"""(this rank's part of a micro-batch, the last stage's output for it) -> a loss and a result."""
+
+
+def run_schedule(
+    models: Sequence[torch.nn.Module],
+    micro_batches: Sequence[MicroBatch],
+    finish: Finish,
+    config: TransformerConfig,
+    *,
+    forward_only: bool,
+) -> list[Any]:
+    """Run Megatron's pipeline schedule. Returns what `finish` gave per micro-batch, on the last stage.
+
+    `finish` is called on the last stage. The device is that of the parameters.
+    """
+    shares = shares_of(micro_batches, config)
+    # The interleaved schedule wants a multiple of the pipeline size. Whatever fills it up has no loss.
+    interleaved = config.virtual_pipeline_model_parallel_size is not None
+    missing = -len(shares) % config.pipeline_model_parallel_size if interleaved else 0
+    steps = [(share, finish) for share in shares]
+    steps += [(shares[-1], _no_loss)] * missing
+
+    def forward_step(rest: Iterator[tuple[ContextShare, Finish]], model: torch.nn.Module) -> Any:
+        share, last = next(rest)
+        return _forward(share, model), partial(_finish_without_tokens, last, share)
+
+    iterators = [iter(steps) for _ in models]
+    results = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if interleaved else iterators[0],
+        model=list(models),
+        num_microbatches=len(steps),
+        seq_length=int(shares[0].starts_S[-1]),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    return results[: len(shares)]
+
+
+def _forward(share: ContextShare, model: torch.nn.Module) -> torch.Tensor:
+    device = next(model.parameters()).device
+    starts = torch.tensor(share.starts_S, dtype=torch.int32, device=device)
+    longest = int(np.diff(share.starts_S).max())
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=starts,
+        cu_seqlens_kv=starts,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+    rows = (share.mine(row) for row in (share.batch.tokens_T, share.batch.positions_T))
+    tokens, positions = (torch.tensor(row, dtype=torch.int64, device=device)[None] for row in rows)
+    return model(tokens, positions, None, packed_seq_params=packed)
+
+
+def _no_loss(share: ContextShare, output: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return output.sum() * 0.0, None
+
+
+def _finish_without_tokens(
+    finish: Finish, share: ContextShare, output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    loss, result = finish(share, output)
+    # Only a triple keeps the schedule from dividing by the number of micro-batches; its count is not used.
+    return loss, torch.zeros((), dtype=torch.int, device=output.device), result
