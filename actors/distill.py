@@ -1,26 +1,23 @@
-"""A run of gkd: its teacher, its data, and its actors."""
+"""A run of gkd: its data and its actors."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.console import Console
 from actors.metrics import RunRecorder, warn
-from actors.model_check import check_model
-from actors.model_source import ModelSize, ModelSource, find_model, load_tokenizer, model_size
 from actors.placement import Reservation
 from actors.resume import StateKeeper
-from actors.teacher_server import TeacherServers
+from actors.teacher import check_column, open_teacher
 from actors.trainer import TrainerGroup
-from actors.trainer_rank import Sources
 from algorithms import gkd
+from algorithms.completions import teacher_of
 from algorithms.conversations import make_prompts, make_sft_samples
 from algorithms.data import Prompt, TrainSample
 from algorithms.datasets import Row, read_rows, read_splits
 from algorithms.prompts import PromptStream
-from configs.errors import ConfigError
 from configs.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -41,52 +38,6 @@ class Lessons:
     held_out: tuple[TrainSample, ...]
 
 
-def find_teacher(
-    config: RunConfig, student: ModelSource
-) -> tuple[ModelSource, ModelSize] | tuple[None, None]:
-    """The Megatron teacher, if it is one, and how much it is.
-
-    Raises ConfigError when it does not fit the student's layout, or has not its tokenizer.
-    """
-    if config.gkd.servers:
-        return None, None
-    source = find_model(config.model.teacher_model, config.model.mcore_teacher_model, "model.teacher_model")
-    contents = check_model(source, config, has_engines=False).contents
-    check_same_tokens(load_tokenizer(student.directory), load_tokenizer(source.directory), source.directory)
-    return source, model_size(source, contents.tensors)
-
-
-def find_servers(config: RunConfig) -> TeacherServers | None:
-    """The teachers that are asked by URL, if they are. Raises ConfigError when one does not answer."""
-    settings = config.gkd
-    if not settings.servers:
-        return None
-    assert settings.gkd_logits_topk is not None, "checked with the config"
-    return TeacherServers(
-        settings.servers,
-        settings.gkd_logits_topk,
-        timeout_s=settings.teacher_timeout_s,
-        retries=settings.teacher_retries,
-    )
-
-
-def check_same_tokens(student: Any, teacher: Any, teacher_directory: Path) -> None:
-    """Raises ConfigError unless both tokenizers have the same ids for the same tokens."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    other = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
-    if other:
-        token = other[0]
-        raise ConfigError(
-            f"model.teacher_model: the tokenizer of {teacher_directory} is not the student's: {len(other)} tokens "
-            f"differ, for example {token!r}, which is {_number(ours.get(token))} for the student and "
-            f"{_number(theirs.get(token))} for the teacher; a teacher has to have the student's tokenizer"
-        )
-
-
-def _number(token_id: int | None) -> str:
-    return "unknown" if token_id is None else f"number {token_id}"
-
-
 def make_lessons(config: RunConfig, tokenizer: Any) -> Lessons:
     """Prompts where there are on-policy steps, samples where there are others; held-out samples.
 
@@ -100,7 +51,7 @@ def make_lessons(config: RunConfig, tokenizer: Any) -> Lessons:
     )
 
     def to_samples(rows: Sequence[Row]) -> tuple[TrainSample, ...]:
-        names = [gkd.teacher_of(row.columns, config) for row in rows]
+        names = [teacher_of(row.columns, config) for row in rows]
         return tuple(
             replace(sample, teacher=name)
             for name in dict.fromkeys(names)
@@ -112,26 +63,15 @@ def make_lessons(config: RunConfig, tokenizer: Any) -> Lessons:
             ).kept
         )
 
-    for row in [*rows, *held_out]:
-        _check_teacher(row, config)
-
+    check_column([*rows, *held_out], config)
     prompts: list[Prompt] = []
-    if config.has_engines:
+    if config.has_engines or settings.seq_kd:
         prompts = make_prompts([without_answer(row) for row in rows], tokenizer, data)
     return Lessons(
         prompts=tuple(prompts),
-        samples=to_samples(rows) if settings.lmbda < 1 else (),
+        samples=to_samples(rows) if settings.lmbda < 1 and not settings.seq_kd else (),
         held_out=to_samples(held_out),
     )
-
-
-def _check_teacher(row: Row, config: RunConfig) -> None:
-    column, servers = config.gkd.teacher_column, config.gkd.teacher_model_servers
-    if column is not None and str(row.columns.get(column)) not in servers:
-        raise ConfigError(
-            f"{row.place}: gkd.teacher_column {column} is {row.columns.get(column)!r} here; "
-            f"gkd.teacher_model_servers has {', '.join(servers)}"
-        )
 
 
 def without_answer(row: Row) -> Row:
@@ -142,16 +82,13 @@ def without_answer(row: Row) -> Row:
     return replace(row, columns={**row.columns, "messages": messages[:-1]})
 
 
-def describe_lessons(config: RunConfig, sources: Sources, lessons: Lessons) -> list[str]:
-    """The teacher and the data, line by line."""
-    teacher, settings = sources.teacher, config.gkd
-    servers = ", ".join(settings.servers.values())
-    place = f"{teacher.mcore or teacher.directory}, in the trainer ranks" if teacher else f"at {servers}"
-    tokens = "whole vocabulary" if settings.gkd_logits_topk is None else f"{settings.gkd_logits_topk} tokens"
+def describe_lessons(config: RunConfig, lessons: Lessons) -> list[str]:
+    """The data and the steps, line by line."""
+    settings = config.gkd
+    others = ", the others of the teacher" if settings.seq_kd else ""
     return [
-        f"teacher: {place}, {tokens}",
         f"data: {len(lessons.prompts)} prompts, {len(lessons.samples)} samples, {len(lessons.held_out)} held out",
-        f"step: {settings.batch_size} samples, on-policy with probability {settings.lmbda:g}; beta "
+        f"step: {settings.batch_size} samples, on-policy with probability {settings.lmbda:g}{others}; beta "
         f"{settings.beta:g}",
     ]
 
@@ -165,25 +102,46 @@ def run_gkd(
     console: Console,
 ) -> None:
     """Train, and save the last checkpoint. Engines are started only where there are on-policy steps."""
-    from actors.launch import launch
-
     start = time.monotonic()
     lessons = prepared.lessons
     assert lessons is not None, "prepared for gkd"
 
-    teacher = find_servers(config)
+    with open_teacher(config, prepared.teacher, reservation, recorder.event) as asked:
 
-    def train(trainers: TrainerGroup, student: gkd.Student | None) -> None:
-        console.line(f"the actors are up after {time.monotonic() - start:.1f}s")
-        roles = gkd.Roles(trainer=trainers, student=student, teacher=teacher, recorder=recorder)
-        prompts, samples = _stream(config, lessons.prompts), _stream(config, lessons.samples)
-        streams = {"prompts": prompts, "samples": samples}
-        keeper = StateKeeper(config, directory, trainers, recorder, streams, prepared.state)
-        with recorder:
-            gkd.train(config, roles, prompts, samples, lessons.held_out, keeper)
+        def train(trainers: TrainerGroup, student: gkd.Student | None) -> None:
+            asked.ready(config.cluster.start_timeout_s)
+            console.line(f"the actors are up after {time.monotonic() - start:.1f}s")
+            roles = gkd.Roles(
+                trainer=trainers,
+                student=student,
+                teacher=asked.teacher,
+                writer=asked.engines if config.gkd.seq_kd else None,
+                recorder=recorder,
+            )
+            prompts, samples = _stream(config, lessons.prompts), _stream(config, lessons.samples)
+            streams = {"prompts": prompts, "samples": samples}
+            keeper = StateKeeper(config, directory, trainers, recorder, streams, prepared.state)
+            with recorder:
+                gkd.train(config, roles, prompts, samples, lessons.held_out, keeper)
 
-    sources, device = prepared.sources, prepared.device
+        _start(config, prepared, reservation, recorder, directory, console, train)
+
+
+def _start(
+    config: RunConfig,
+    prepared: "Prepared",
+    reservation: Reservation,
+    recorder: RunRecorder,
+    directory: Path,
+    console: Console,
+    train: Callable[[TrainerGroup, gkd.Student | None], None],
+) -> None:
+    """Let `train` have the trainers, and the student's engines if it has any; then save the last checkpoint."""
+    from actors.launch import launch
+
+    sources, device, lessons = prepared.sources, prepared.device, prepared.lessons
     if config.has_engines:
+        assert lessons is not None, "prepared for gkd"
         probe = lessons.prompts[0].tokens.tolist()
         with launch(
             *(config, sources, device, reservation, directory, console), probe=probe, event=recorder.event

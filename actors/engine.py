@@ -14,8 +14,8 @@ from typing import Any, Literal, NoReturn
 from actors.engine_completion import joined, piece_params
 from actors.engine_episode import Player, episode
 from actors.engine_processes import EngineProcesses
-from actors.engine_settings import engine_arguments
-from algorithms.data import Group, Prompt, Rollout, SamplingSettings
+from actors.engine_scoring import rows_of, scoring_params, top_tokens
+from algorithms.data import FloatRow, Group, IntRow, Prompt, Rollout, SamplingSettings, TopTokens
 from algorithms.environments.calling import EnvironmentFailedError
 from configs.errors import BasculeError, ConfigError
 from configs.schema import RunConfig
@@ -74,27 +74,14 @@ class _Turn:
 class Engine:
     """One vLLM engine, as an async Ray actor. Its processes, core and workers, end with the actor.
 
-    With a `max_lora_rank` it samples with the adapter that it was sent last, before that with the base model;
-    `lora_modules` are the last names of the modules that the adapter may have, by default all that vLLM can adapt.
+    With `enable_lora` among its arguments (actors.engine_settings) it samples with the adapter that it was sent
+    last, before that with the base model.
     """
 
-    def __init__(
-        self,
-        name: str,
-        model_path: str,
-        config: RunConfig,
-        device: str,
-        with_weights: bool = True,
-        max_lora_rank: int | None = None,
-        lora_modules: Sequence[str] | None = None,
-    ) -> None:
-        self._load_format = "auto" if with_weights else "dummy"
+    def __init__(self, name: str, config: RunConfig, arguments: Mapping[str, Any]) -> None:
         self._name = name
-        self._model_path = model_path
         self._config = config
-        self._device = device
-        self._max_lora_rank = max_lora_rank
-        self._lora_modules = lora_modules
+        self._arguments = dict(arguments)
         self._lora_request: Any = None
         self._llm: Any = None
         self._version = 0
@@ -117,12 +104,8 @@ class Engine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        arguments = engine_arguments(
-            self._config, self._model_path, self._device, self._max_lora_rank, self._lora_modules
-        )
-        arguments["load_format"] = self._load_format
         try:
-            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._arguments))
             await self._llm.update_weight_version(str(self._version))
             self._processes = EngineProcesses(await self._llm.collective_rpc("process_id"))
             self._processes.drop_names_of_shared_memory()
@@ -131,7 +114,7 @@ class Engine:
             await self._llm.get_supported_tasks()
         except Exception as error:
             raise EngineError(
-                f"{self._name}: vLLM did not start with {self._model_path}: {error!r}; "
+                f"{self._name}: vLLM did not start with {self._arguments['model']}: {error!r}; "
                 "the cause is in the engine's log"
             ) from error
         self._running.set()
@@ -185,13 +168,22 @@ class Engine:
 
         Takes one token less than the model's length. Raises EngineError as `generate` does.
         """
-        from vllm import SamplingParams
+        _, logprobs = await self._scored(tokens, 0)
+        return logprobs[:, 0].tolist()
+
+    async def top_tokens(self, tokens: Sequence[int], k: int) -> TopTokens:
+        """The model's k likeliest tokens in place of each token, at temperature 1, the likeliest first.
+
+        Takes one token less than the model's length. Raises EngineError as `generate` does.
+        """
+        return top_tokens(*await self._scored(tokens, k))
+
+    async def _scored(self, tokens: Sequence[int], k: int) -> tuple[IntRow, FloatRow]:
         from vllm.inputs import tokens_input
 
         self._require_good_weights("a sequence to score")
         row = tokens_input([int(token) for token in tokens])
-        # vLLM always samples a token too. It takes nothing from cached prefixes when this is asked for.
-        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        params = scoring_params(k)
         self._requests += 1
         name = f"{self._requests}-score"
         answers: list[Any] = []
@@ -205,8 +197,7 @@ class Engine:
                 ]
         except Exception as error:
             raise self._failure(f"{len(tokens)} tokens to score", error) from error
-        entries = answers[-1].prompt_logprobs[1:]
-        return [entry[int(token)].logprob for token, entry in zip(tokens[1:], entries, strict=True)]
+        return rows_of(answers[-1].prompt_logprobs, k)
 
     async def abort_all(self) -> int:
         """End all completions now: each `generate` returns what there is. Returns the number of prompts."""
@@ -302,7 +293,7 @@ class Engine:
 
     async def _start_adapter(self) -> None:
         """Have an adapter that changes nothing, so that what is in flight over the first sync has a later one."""
-        if self._max_lora_rank is None:
+        if not self._arguments.get("enable_lora"):
             return
         from bridge.transport.lora_loading import adapter_request
 

@@ -13,11 +13,12 @@ from actors.bridge_host import Meeting
 from actors.dispatch import Room
 from actors.engine import Engine, EngineInfo
 from actors.engine_pool import EnginePool, Member
-from actors.engine_settings import engine_environment
-from actors.engine_work import Request, Running, Work
+from actors.engine_settings import engine_arguments, engine_environment
+from actors.engine_work import Job, Running, Work
 from actors.env import resolve_device
 from actors.events import Event, unheard
-from algorithms.data import Group, Prompt
+from algorithms.data import Group, Prompt, SamplingSettings
+from configs.engines import EngineConfig
 from configs.errors import BasculeError
 from configs.schema import RunConfig
 
@@ -30,13 +31,18 @@ _NOTICE_S = 2.5
 class EngineGroup:
     """Engines as one sampler (algorithms.roles.Sampler), and what a weight update needs from all of them.
 
-    Calls of `generate` may overlap, in one thread: whichever is asked for a group takes in those of all.
+    Calls of `generate` and `perform` may overlap, in one thread: whichever is asked for an answer takes in those
+    of all.
     """
 
-    def __init__(self, pool: EnginePool, room: int, timeout_s: float, workers: int = 1) -> None:
-        """`room` is how many sequences an engine takes, `workers` of how many processes one consists."""
+    def __init__(
+        self, pool: EnginePool, room: int, timeout_s: float, workers: int = 1, *, gets_weights: bool = True
+    ) -> None:
+        """`room` is how many sequences an engine takes, `workers` of how many processes one consists. Engines that
+        never get weights need not be waited for while others start."""
         self.pool = pool
         self.workers = workers
+        self._gets_weights = gets_weights
         self._room = Room(len(pool), room)
         self._timeout_s = timeout_s
         self._give_weights: Callable[[Member], None] = pool.admit
@@ -47,15 +53,21 @@ class EngineGroup:
     def __len__(self) -> int:
         return len(self.pool)
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Group]:
-        """Groups in the order they finish; engines begin at once, whether or not anyone asks for the first.
+    def generate(self, requests: Iterable[tuple[Prompt, SamplingSettings]]) -> Iterator[Group]:
+        """Groups in the order they finish; otherwise as `perform`."""
+        answers = self.perform(self._completion(*request) for request in requests)
+        return (group for _, group in answers)
 
-        A request is drawn from `requests` when an engine has room for it. What a lost engine was doing is given
-        to others. Raises the EngineError of an engine that lives, EngineLostError when no engine is left, or
-        DeadlineExceededError when no group at all was finished within the time for a step. What is in flight
-        then is given up, and also when the caller stops iterating.
+    def perform(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Any]]:
+        """Jobs with their answers in the order they finish; engines begin at once, whether or not anyone asks for
+        the first.
+
+        A job is drawn from `jobs` when an engine has room for it. What a lost engine was doing is given to others.
+        Raises the EngineError of an engine that lives, EngineLostError when no engine is left, or
+        DeadlineExceededError when no job at all was done within the time for a step. What is in flight then is
+        given up, and also when the caller stops iterating.
         """
-        work = Work(requests)
+        work = Work(jobs)
         self._work.append(work)
         try:
             self._welcome()
@@ -65,7 +77,16 @@ class EngineGroup:
             raise
         return self._collect(work)
 
-    def _collect(self, work: Work) -> Iterator[Group]:
+    def _completion(self, prompt: Prompt, sampling: SamplingSettings) -> Job:
+        def begin(actor: Any) -> Any:
+            # Asked for only now, for these actors may have been replaced meanwhile.
+            return actor.generate.remote(
+                prompt, sampling, self._listener_of(prompt), self._environment_of(prompt)
+            )
+
+        return Job(name=f"prompt {prompt.id}", size=sampling.n, begin=begin)
+
+    def _collect(self, work: Work) -> Iterator[tuple[Job, Any]]:
         try:
             while not work.is_over:
                 if work.done:
@@ -74,12 +95,13 @@ class EngineGroup:
                 self.pool.wait_for_one(self._timeout_s)
                 self._welcome()
                 self._submit()
-                self._wait_for_a_group()
-            self._settle()
+                self._wait_for_an_answer()
+            if self._gets_weights:
+                self._settle()
         finally:
             self._work.remove(work)
             for ref, running in work.running.items():
-                self._room.give_back(running.member.index, running.request[1].n)
+                self._room.give_back(running.member.index, running.job.size)
                 # An iterator that an error left behind may be closed only after the run has left Ray; any call
                 # would then start a new Ray.
                 if ray.is_initialized():
@@ -205,20 +227,18 @@ class EngineGroup:
             self._welcome()
 
     def _submit(self) -> None:
-        """Give engines what they have room for, the earliest call's requests first."""
+        """Give engines what they have room for, the earliest call's jobs first."""
         members = {member.index: member for member in self.pool.members("up")}
         for work in self._work:
             while work.waiting:
-                prompt, sampling = work.waiting.first
-                engine = self._room.take(sampling.n, members)
+                engine = self._room.take(work.waiting.first.size, members)
                 if engine is None:
                     return
-                others = self._listener_of(prompt), self._environment_of(prompt)
-                ref = members[engine].actor.generate.remote(prompt, sampling, *others)
-                work.running[ref] = Running(member=members[engine], request=work.waiting.pop())
+                job = work.waiting.pop()
+                work.running[job.begin(members[engine].actor)] = Running(member=members[engine], job=job)
 
-    def _wait_for_a_group(self) -> None:
-        """Return when a group is done, of whatever call, or an engine was lost, or a new one came first.
+    def _wait_for_an_answer(self) -> None:
+        """Return when a job is done, of whatever call, or an engine was lost, or a new one came first.
 
         Not of the caller's alone: engines may be full with what a later call has asked for.
         """
@@ -240,15 +260,16 @@ class EngineGroup:
     def _finished(self, ref: Any, work: Work) -> None:
         running = work.running.pop(ref)
         member = running.member
-        self._room.give_back(member.index, running.request[1].n)
+        self._room.give_back(member.index, running.job.size)
         try:
-            work.done.append(deadline.get(ref, running.owner, timeout_s=self._timeout_s, phase="generate"))
+            answer = deadline.get(ref, running.owner, timeout_s=self._timeout_s, phase="generate")
+            work.done.append((running.job, answer))
         except BasculeError as error:
             if isinstance(error, deadline.ActorLostError):
                 self.pool.lost(member, error)
             elif not self.pool.noticed(member, _NOTICE_S):
                 raise
-            work.waiting.again(running.request)
+            work.waiting.again(running.job)
 
 
 def create_engines(
@@ -268,13 +289,35 @@ def create_engines(
     `max_lora_rank` they can be sent an adapter; see Engine. `event` is told which are lost and back.
     """
     device = resolve_device(config.model.device)
-    rollout, cluster = config.rollout, config.cluster
-    environment = engine_environment(model_path, device, cluster.cpus_per_engine)
+    arguments = engine_arguments(
+        *(config, model_path, device, max_lora_rank, lora_modules), with_weights=with_weights
+    )
+    pool = start_pool(
+        *(config, config.rollout, arguments, placement_group, bundle_indices), kind="engine", event=event
+    )
+    # Engines hold back what they have no room for, so that they never wait for a trainer that is ahead.
+    room = config.rollout.max_num_seqs * (1 + config.grpo.max_lag)
+    return EngineGroup(pool, room, config.cluster.step_timeout_s, config.rollout.tensor_parallel_size)
+
+
+def start_pool(
+    config: RunConfig,
+    engine: EngineConfig,
+    arguments: Mapping[str, Any],
+    placement_group: PlacementGroup,
+    bundle_indices: Sequence[int],
+    *,
+    kind: str,
+    event: Event,
+) -> EnginePool:
+    """An actor for each bundle, with an engine of these arguments for vLLM; `kind` is what each is called."""
+    device, cluster = resolve_device(config.model.device), config.cluster
+    environment = engine_environment(arguments["model"], device, cluster.cpus_per_engine)
 
     def make(index: int) -> Any:
         options: dict[str, Any] = {
-            "num_cpus": cluster.cpus_per_engine * rollout.tensor_parallel_size,
-            "num_gpus": rollout.tensor_parallel_size if device == "cuda" else 0,
+            "num_cpus": cluster.cpus_per_engine * engine.tensor_parallel_size,
+            "num_gpus": engine.tensor_parallel_size if device == "cuda" else 0,
             # A restarted actor would come back without its weights and look healthy.
             "max_restarts": 0,
             "max_concurrency": 1000,
@@ -284,16 +327,13 @@ def create_engines(
             "runtime_env": {"env_vars": environment},
         }
         actor: Any = ray.remote(Engine).options(**options)
-        settings = (model_path, config, device, with_weights, max_lora_rank, lora_modules)
-        return actor.remote(f"engine {index}", *settings)
+        return actor.remote(f"{kind} {index}", config, arguments)
 
-    pool = EnginePool(
+    return EnginePool(
         [make(index) for index in range(len(bundle_indices))],
         make,
         start_timeout_s=cluster.start_timeout_s,
         max_recoveries=config.bridge.max_recoveries,
         event=event,
+        kind=kind,
     )
-    # Engines hold back what they have no room for, so that they never wait for a trainer that is ahead.
-    room = rollout.max_num_seqs * (1 + config.grpo.max_lag)
-    return EngineGroup(pool, room, cluster.step_timeout_s, rollout.tensor_parallel_size)

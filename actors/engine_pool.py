@@ -31,11 +31,12 @@ class Member:
     index: int
     incarnation: int
     actor: Any
+    kind: str = "engine"
 
     @property
     def name(self) -> str:
         """What to call it in messages."""
-        return f"engine {self.index}"
+        return f"{self.kind} {self.index}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,14 +61,16 @@ class EnginePool:
         start_timeout_s: float = 600.0,
         max_recoveries: int = 0,
         event: Event = unheard,
+        kind: str = "engine",
     ) -> None:
+        """`kind` is what an engine is called before its number."""
         self._make = make
         self._start_timeout_s = start_timeout_s
         self._left = max_recoveries
         self._event = event
         self._lock = threading.Condition()
         self._slots = [
-            _Slot(member=Member(index=index, incarnation=0, actor=actor), state="up")
+            _Slot(member=Member(index=index, incarnation=0, actor=actor, kind=kind), state="up")
             for index, actor in enumerate(actors)
         ]
         self._watched: dict[Any, Member] = {}
@@ -185,7 +188,7 @@ class EnginePool:
                 self._lock.notify_all()
             LOG.warning("%s could not be replaced: %s", member.name, error)
             return
-        following = Member(index=member.index, incarnation=member.incarnation + 1, actor=actor)
+        following = replace(member, incarnation=member.incarnation + 1, actor=actor)
         watching = actor.watch.remote()
         with self._lock:
             self._slots[member.index] = _Slot(member=following, state="new")

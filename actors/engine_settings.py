@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from bridge.transport.registry import OWNED_ENGINE
+from configs.engines import EngineConfig
 from configs.errors import ConfigError
-from configs.schema import RolloutConfig, RunConfig
+from configs.schema import RunConfig
 
 # What vLLM 0.32 makes room for.
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -18,31 +19,44 @@ def engine_arguments(
     device: str,
     max_lora_rank: int | None = None,
     lora_modules: Sequence[str] | None = None,
+    *,
+    with_weights: bool = True,
 ) -> dict[str, Any]:
     """Arguments for vLLM's AsyncEngineArgs; with a `max_lora_rank` for one adapter of at most that rank.
 
-    `lora_modules` are the last names of the modules that it may adapt, by default all that vLLM can. Raises
-    ConfigError when the rank is larger than vLLM allows.
+    `lora_modules` are the last names of the modules that it may adapt, by default all that vLLM can. Without
+    weights the engine starts with random ones. Raises ConfigError when the rank is larger than vLLM allows.
     """
-    rollout = config.rollout
+    return {
+        **_arguments(config, config.rollout, model_path, device),
+        "load_format": "auto" if with_weights else "dummy",
+        "weight_transfer_config": {"backend": config.bridge.transport},
+        **({} if max_lora_rank is None else _lora_arguments(max_lora_rank, lora_modules)),
+    }
+
+
+def teacher_arguments(config: RunConfig, model_path: str, device: str, topk: int) -> dict[str, Any]:
+    """The same of a teacher's engine, which never gets weights, and tells up to `topk` tokens at a position."""
+    return {**_arguments(config, config.teacher.engine, model_path, device), "max_logprobs": max(topk, 1)}
+
+
+def _arguments(config: RunConfig, engine: EngineConfig, model_path: str, device: str) -> dict[str, Any]:
     return {
         "model": model_path,
         "dtype": config.model.torch_dtype,
-        "max_model_len": rollout.max_model_len,
-        "max_num_seqs": rollout.max_num_seqs,
-        "enforce_eager": rollout.enforce_eager,
-        "enable_prefix_caching": rollout.enable_prefix_caching,
-        "tensor_parallel_size": rollout.tensor_parallel_size,
+        "max_model_len": engine.max_model_len,
+        "max_num_seqs": engine.max_num_seqs,
+        "enforce_eager": engine.enforce_eager,
+        "enable_prefix_caching": engine.enable_prefix_caching,
+        "tensor_parallel_size": engine.tensor_parallel_size,
         # Inside a placement group vLLM would otherwise choose Ray actors of its own for the workers.
-        "distributed_executor_backend": "mp" if rollout.tensor_parallel_size > 1 else "uni",
+        "distributed_executor_backend": "mp" if engine.tensor_parallel_size > 1 else "uni",
         "worker_extension_cls": "bridge.transport.worker_extension.WorkerExtension",
         # The probability of the token under temperature and top-p: that is the policy that sampled it.
         "logprobs_mode": "processed_logprobs",
         "seed": config.seed,
-        "weight_transfer_config": {"backend": config.bridge.transport},
         "disable_log_stats": True,
-        **_memory_arguments(rollout, device),
-        **({} if max_lora_rank is None else _lora_arguments(max_lora_rank, lora_modules)),
+        **_memory_arguments(engine, device),
     }
 
 
@@ -67,15 +81,15 @@ def completion_arguments(model_path: str, device: str, dtype: str, length: int) 
         "max_num_seqs": 1,
         "enforce_eager": True,
         "disable_log_stats": True,
-        **_memory_arguments(RolloutConfig(), device),
+        **_memory_arguments(EngineConfig(), device),
     }
 
 
-def _memory_arguments(rollout: RolloutConfig, device: str) -> dict[str, Any]:
+def _memory_arguments(engine: EngineConfig, device: str) -> dict[str, Any]:
     if device == "cuda":
-        return {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+        return {"gpu_memory_utilization": engine.gpu_memory_utilization}
     return {
-        "kv_cache_memory_bytes": rollout.kv_cache_memory_bytes,
+        "kv_cache_memory_bytes": engine.kv_cache_memory_bytes,
         # vLLM 0.32 rewinds the generator of a seeded request whose prompt it took in part, and torch's CPU
         # generator cannot: the whole engine ends. Without chunks a prompt waits for a step it fits into.
         "enable_chunked_prefill": False,

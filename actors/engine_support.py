@@ -38,12 +38,14 @@ def check_engines(directory: Path, hf_config: Mapping[str, Any], tensor_parallel
             "its experts and sinks into a running engine; sft and export work"
         )
     check_routing(directory, hf_config)
+    check_workers(hf_config, tensor_parallel_size, "rollout.tensor_parallel_size")
+
+
+def check_workers(hf_config: Mapping[str, Any], workers: int, option: str) -> None:
+    """Raises ConfigError naming the option when so many workers cannot share the model's attention."""
     heads = hf_config["num_attention_heads"]
-    if heads % tensor_parallel_size:
-        raise ConfigError(
-            f"rollout.tensor_parallel_size: {tensor_parallel_size} does not divide the model's {heads} attention "
-            "heads"
-        )
+    if heads % workers:
+        raise ConfigError(f"{option}: {workers} does not divide the model's {heads} attention heads")
 
 
 def check_not_quantized(source: ModelSource, hf_config: Mapping[str, Any], contents: Contents) -> None:

@@ -31,8 +31,9 @@ class MegatronTeacher:
     in any forward pass; the logits of a whole step exist nowhere.
     """
 
-    def __init__(self, model: FrozenModel, settings: GKDConfig, vocab_size: int) -> None:
-        """`vocab_size` is the student's; where the teacher has fewer or more, those that both have count."""
+    def __init__(self, model: FrozenModel, settings: GKDConfig, vocab_size: int, *, offload: bool) -> None:
+        """`vocab_size` is the student's; where the teacher has fewer or more, those that both have count. With
+        `offload` its weights are in host memory but for its own forward pass."""
         self._model = model
         self._settings = settings
         self._vocab_size = min(vocab_size, model.spec.vocab_size)
@@ -41,7 +42,7 @@ class MegatronTeacher:
         if self._head is not None:
             # Megatron then returns the hidden states that it would have put into the output layer.
             self._head.post_process = False
-        self._host = _host_copies(model.chunks, self._head) if settings.offload_teacher else []
+        self._host = _host_copies(model.chunks, self._head) if offload else []
 
     def look_at(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Run the teacher over the micro-batches of a step. Every rank must call it."""
@@ -125,6 +126,20 @@ class GivenTeacher:
             group=tensor_parallel_group(),
             tail=self._settings.gkd_topk_tail,
         )
+
+
+class ScoringTeacher:
+    """A frozen model in the policy's layout that is asked about the tokens that are there alone."""
+
+    def __init__(self, model: FrozenModel, *, offload: bool) -> None:
+        """With `offload` its weights are in host memory but for its own forward pass."""
+        self._model = model
+        self._host = _host_copies(model.chunks, None) if offload else []
+
+    def logprobs(self, micro_batches: Sequence[MicroBatch], temperature: float) -> list[FloatRow] | None:
+        """Of the labels, float32 [T] each; None off the last stage. Every rank must call it."""
+        with _on_device(self._host, self._model.device):
+            return self._model.logprobs(micro_batches, temperature)
 
 
 Teacher = MegatronTeacher | GivenTeacher

@@ -18,6 +18,7 @@ from algorithms.stored_rollouts import stored_row
 
 _FILES = ("metrics.jsonl", "rollouts.jsonl", "tokens.jsonl", "events.jsonl")
 _PHASES = ("generate", "train", "sync")
+_CURVES = {"reward": "mean reward", "teacher_kl": "reverse KL to the teacher", "loss": "loss per token"}
 
 
 def warn(warnings: Sequence[str], console: Console) -> None:
@@ -197,8 +198,9 @@ def _short_row(row: FloatRow) -> list[float | None]:
 
 
 def headline(evaluation: Mapping[str, float]) -> str:
-    """What an evaluation is about, without `eval/`: an accuracy, a divergence from a teacher, or a loss."""
-    return next(name for name in ("accuracy", "divergence", "loss") if f"eval/{name}" in evaluation)
+    """What an evaluation is about, without `eval/`: an accuracy, a distance to a teacher, or a loss."""
+    names = ("accuracy", "divergence", "teacher_kl", "loss")
+    return next(name for name in names if f"eval/{name}" in evaluation)
 
 
 def finite_or_none(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,15 +212,17 @@ def finite_or_none(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plot_curve(recorder: RunRecorder, path: Path) -> None:
-    """A PNG of the mean reward by step (the loss, for sft), and of what was held out, where measured."""
+    """A PNG of the mean reward by step, or what else is learned from, and of what was held out, where measured."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    name = "reward" if any("reward" in row for row in recorder.rows) else "loss"
+    rows = [finite_or_none(row) for row in recorder.rows]
+    # A run that learns from a teacher alone has rewards that are NaN.
+    name = next((name for name in _CURVES if any(row.get(name) is not None for row in rows)), "loss")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="step", ylabel="mean reward" if name == "reward" else "loss per token")
-    points = [(row["step"], row[name]) for row in recorder.rows if name in row]
+    axes = figure.add_subplot(xlabel="step", ylabel=_CURVES[name])
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     axes.plot(*zip(*points, strict=True), linewidth=1.5, label=f"training {name}")
     if recorder.evaluations:
         measure = headline(recorder.evaluations[0])

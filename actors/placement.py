@@ -8,6 +8,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.model_source import ModelSize
+from configs.engines import EngineConfig
 from configs.errors import BasculeError
 from configs.export import ExportConfig
 from configs.schema import LayoutConfig, RunConfig
@@ -64,7 +65,7 @@ class Reservation:
 def bundles_of(
     config: RunConfig, size: ModelSize, device: str, teacher: ModelSize | None = None
 ) -> tuple[Bundle, ...]:
-    """The bundles of a run, with memory estimated from the sizes of the model and of a teacher beside it."""
+    """The bundles of a run, with memory estimated from the sizes of the model and of a teacher that it runs."""
     trainer, rollout, cluster = config.trainer, config.rollout, config.cluster
     gpus = 1 if device == "cuda" else 0
     item = 2 if config.model.torch_dtype == "bfloat16" else 4
@@ -73,7 +74,7 @@ def bundles_of(
     state = sum(share * (item + 4) + share * 12 // replicas for share, replicas in shares)
     weights = sum(share for share, _ in shares) * item
     frozen = weights if _has_reference(config) else 0
-    if teacher is not None:
+    if teacher is not None and config.teacher_place == "trainer":
         frozen += sum(share for share, _ in _shares(trainer, teacher)) * item
     if config.tuner.tuner_type == "lora":
         # Gradients and optimizer state are of adapters, which are a few hundredths of the model.
@@ -81,16 +82,13 @@ def bundles_of(
     ranks = [
         Bundle(owner="trainer", cpus=cluster.cpus_per_trainer_rank, gpus=gpus, memory=_GIB + state + frozen)
     ] * trainer.world_size
+    teachers: list[Bundle] = []
+    if teacher is not None and config.teacher_place == "engine":
+        bundle = _engine_bundle("teacher", config, config.teacher.engine, teacher, device)
+        teachers = [bundle] * config.teacher.engine.num_engines
     if not config.has_engines:
-        return tuple(ranks)
-    cache = rollout.kv_cache_memory_bytes if device == "cpu" else 0
-    engine = Bundle(
-        owner="engine",
-        cpus=cluster.cpus_per_engine * rollout.tensor_parallel_size,
-        gpus=gpus * rollout.tensor_parallel_size,
-        # Every worker is a process; together they hold the weights, and once more what is being loaded.
-        memory=_GIB * rollout.tensor_parallel_size + _GIB // 2 + size.num_parameters * item * 2 + cache,
-    )
+        return (*ranks, *teachers)
+    engine = _engine_bundle("engine", config, rollout, size, device)
     settings = config.bridge
     held = (
         size.num_parameters * item
@@ -107,7 +105,23 @@ def bundles_of(
         ranks[0] = replace(ranks[0], memory=ranks[0].memory + held)
     else:
         small.insert(0, Bundle(owner="bridge", cpus=_SMALL_CPUS, gpus=0, memory=_GIB // 2 + held))
-    return (*ranks, *[engine] * rollout.num_engines, *small)
+    return (*ranks, *[engine] * rollout.num_engines, *teachers, *small)
+
+
+def _engine_bundle(
+    owner: str, config: RunConfig, engine: EngineConfig, size: ModelSize, device: str
+) -> Bundle:
+    workers, item = engine.tensor_parallel_size, 2 if config.model.torch_dtype == "bfloat16" else 4
+    return Bundle(
+        owner=owner,
+        cpus=config.cluster.cpus_per_engine * workers,
+        gpus=workers if device == "cuda" else 0,
+        # Every worker is a process; together they hold the weights, and once more what is being loaded.
+        memory=_GIB * workers
+        + _GIB // 2
+        + size.num_parameters * item * 2
+        + (engine.kv_cache_memory_bytes if device == "cpu" else 0),
+    )
 
 
 def _has_reference(config: RunConfig) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from actors.adapter_source import find_adapter, read_adapter
 from actors.cluster import connect
 from actors.console import Console
-from actors.distill import Lessons, describe_lessons, find_teacher, make_lessons, run_gkd
+from actors.distill import Lessons, describe_lessons, make_lessons, run_gkd
 from actors.engine_episode import check_template
 from actors.engine_support import check_adapter_modules
 from actors.env import check_one_source, resolve_device
@@ -23,6 +23,15 @@ from actors.resume import StateKeeper, look_for_state
 from actors.resume_state import State
 from actors.reward_swap import write_rewards
 from actors.run_directory import make_directory
+from actors.teacher import (
+    Teacher,
+    check_column,
+    check_teacher_room,
+    describe_teacher,
+    find_teacher,
+    open_teacher,
+    source_in_trainer,
+)
 from actors.token_texts import TokenTexts
 from actors.trainer import TrainerGroup
 from actors.trainer_rank import Sources
@@ -62,6 +71,8 @@ class Prepared:
     held_out_samples: Samples
     rewards: tuple[Reward, ...]
     environment: Environment | None
+    teacher: Teacher | None
+    """The model that teaches, unless it is behind a URL."""
     lessons: Lessons | None
     """Of gkd."""
     state: State | None = None
@@ -89,11 +100,11 @@ def prepare(config: RunConfig) -> Prepared:
         sources = _with_reference(config, sources, policy)
     size = model_size(source, contents.tensors)
     tokenizer = load_tokenizer(source.directory)
-    teacher, lessons = None, None
-    if config.algorithm == "gkd":
-        found, teacher = find_teacher(config, source)
-        sources, lessons = replace(sources, teacher=found), make_lessons(config, tokenizer)
+    teacher = find_teacher(config, source)
+    sources = replace(sources, teacher=source_in_trainer(config, teacher))
+    lessons = make_lessons(config, tokenizer) if config.algorithm == "gkd" else None
     rows, held_out_rows = ([], []) if lessons else read_splits(config.data, config.seed)
+    check_column([*rows, *held_out_rows], config)
     prompts = (
         make_prompts(rows, tokenizer, config.data) if is_grpo else list(lessons.prompts if lessons else ())
     )
@@ -106,9 +117,11 @@ def prepare(config: RunConfig) -> Prepared:
         config = with_steps_of_epochs(config, len(samples.kept))
     rewards = load_rewards(config.rewards) if is_grpo else ()
     environment = _environment(config, rewards, tokenizer)
-    check_prompts([*prompts, *held_out], config, spec)
     packed = [*samples.kept, *held_out_samples.kept]
-    check_micro_batches(prompts, [*packed, *(lessons.samples + lessons.held_out if lessons else ())], config)
+    packed += lessons.samples + lessons.held_out if lessons else ()
+    check_prompts([*prompts, *held_out], config, spec)
+    check_micro_batches(prompts, packed, config)
+    check_teacher_room(config, teacher, [*prompts, *held_out], packed)
     _check_columns([*prompts, *held_out], rewards, environment)
     return Prepared(
         config=config,
@@ -116,13 +129,14 @@ def prepare(config: RunConfig) -> Prepared:
         spec=spec,
         num_parameters=size.num_parameters,
         device=device,
-        bundles=bundles_of(config, size, device, teacher),
+        bundles=bundles_of(config, size, device, teacher and teacher.size),
         prompts=tuple(prompts),
         held_out=tuple(held_out),
         samples=samples,
         held_out_samples=held_out_samples,
         rewards=tuple(rewards),
         environment=environment,
+        teacher=teacher,
         lessons=lessons,
     )
 
@@ -243,11 +257,14 @@ def _run_grpo(
 
     start = time.monotonic()
     probe = prepared.prompts[0].tokens.tolist()
-    with launch(
-        *(config, prepared.sources, prepared.device, reservation, directory, console),
-        probe=probe,
-        event=recorder.event,
-    ) as actors:
+    with (
+        open_teacher(config, prepared.teacher, reservation, recorder.event) as asked,
+        launch(
+            *(config, prepared.sources, prepared.device, reservation, directory, console),
+            probe=probe,
+            event=recorder.event,
+        ) as actors,
+    ):
         write_rewards(directory, config.rewards)
         judge = create_reward_group(config, reservation.group, reservation.indices("reward"))
         actors.engines.heard_by(judge.worker_for)
@@ -255,6 +272,7 @@ def _run_grpo(
         if prepared.environment is not None:
             environment = create_environment(config, reservation)
             actors.engines.play_with(environment.worker_for)
+        asked.ready(config.cluster.start_timeout_s)
         console.line(f"trainers, engines and bridge are up after {time.monotonic() - start:.1f}s")
         roles = Roles(
             trainer=actors.trainers,
@@ -262,6 +280,7 @@ def _run_grpo(
             judge=SwappableRewards(judge, directory, recorder.event, config.cluster.start_timeout_s),
             weights=actors.weights,
             recorder=recorder,
+            teacher=asked.teacher,
         )
         prompts = PromptStream(prepared.prompts, seed=config.seed, shuffle=config.data.shuffle)
         streams = {"prompts": prompts}
@@ -334,11 +353,16 @@ def describe(prepared: Prepared) -> Sequence[str]:
             f"step: {settings.prompts_per_step} prompts x {settings.num_generations} completions, "
             f"{settings.optimizer_steps} optimizer step(s)",
             *loss,
+            *([describe_teacher(config, prepared.teacher)] if config.has_teacher else []),
             *(reward.describe() for reward in prepared.rewards),
             *([] if prepared.environment is None else [prepared.environment.describe(config.environment)]),
         ]
     elif prepared.lessons is not None:
-        lines += [*describe_lessons(config, prepared.sources, prepared.lessons), *loss]
+        lines += [
+            describe_teacher(config, prepared.teacher),
+            *describe_lessons(config, prepared.lessons),
+            *loss,
+        ]
     else:
         held_out = prepared.held_out_samples
         lines += [

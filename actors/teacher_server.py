@@ -1,18 +1,24 @@
-"""Teachers behind OpenAI-compatible servers: the likeliest tokens at every position of given sequences."""
+"""Teachers behind OpenAI-compatible servers: what they think of every position of given sequences."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import httpx
 import numpy as np
 
-from algorithms.data import TopTokens, TrainSample, float_row, int_row
+from algorithms.data import FloatRow, TopTokens, TrainSample, float_row, int_row
 from configs.errors import BasculeError, ConfigError
 
 # A server queues what it has no room for; more open connections than this help nobody.
 _CONNECTIONS = 64
 _PAUSE_S = 0.5
+
+T = TypeVar("T")
+_Entries = Sequence[Mapping[str, Any] | None]
+"""What a server says at each token of a sequence: entries by token id; nothing at the first."""
+_Read = Callable[[_Entries, TrainSample], T]
 
 
 class TeacherServerError(BasculeError):
@@ -20,7 +26,7 @@ class TeacherServerError(BasculeError):
 
 
 class TeacherServers:
-    """Servers by the name that samples ask for; implements algorithms.roles.TopTeacher.
+    """Servers by the name that samples ask for; implements algorithms.roles.TopTeacher and TokenTeacher.
 
     Asks `/v1/completions` for `prompt_logprobs`, as vLLM's server takes it, with the prompt as token ids.
     """
@@ -40,7 +46,14 @@ class TeacherServers:
 
         Raises TeacherServerError naming the server, once nothing of it was answered in time or at all.
         """
-        return asyncio.run(self._ask_all(samples))
+        return asyncio.run(self._ask_all(samples, self._k, partial(_top_tokens, self._k)))
+
+    def token_logprobs(self, samples: Sequence[TrainSample]) -> list[FloatRow]:
+        """For each sample its teacher's log-probability of each of its tokens, 0 for the first.
+
+        Raises TeacherServerError as top_tokens does.
+        """
+        return asyncio.run(self._ask_all(samples, 0, _token_logprobs))
 
     async def _find_model(self, url: str) -> str:
         try:
@@ -49,17 +62,17 @@ class TeacherServers:
             return str(found["data"][0]["id"])
         except (TeacherServerError, KeyError, IndexError, TypeError) as error:
             raise ConfigError(
-                f"gkd.teacher_model_server: {url} does not say which model it has: {error}"
+                f"teacher.teacher_model_server: {url} does not say which model it has: {error}"
             ) from error
 
-    async def _ask_all(self, samples: Sequence[TrainSample]) -> list[TopTokens]:
+    async def _ask_all(self, samples: Sequence[TrainSample], k: int, read: _Read[T]) -> list[T]:
         room = asyncio.Semaphore(_CONNECTIONS)
         limits = httpx.Limits(max_connections=_CONNECTIONS)
         async with httpx.AsyncClient(limits=limits) as client:
 
-            async def ask(sample: TrainSample) -> TopTokens:
+            async def ask(sample: TrainSample) -> T:
                 async with room:
-                    return await self._ask(client, sample)
+                    return await self._ask(client, sample, k, read)
 
             try:
                 async with asyncio.TaskGroup() as group:
@@ -68,7 +81,7 @@ class TeacherServers:
                 raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _ask(self, client: httpx.AsyncClient, sample: TrainSample) -> TopTokens:
+    async def _ask(self, client: httpx.AsyncClient, sample: TrainSample, k: int, read: _Read[T]) -> T:
         url = f"{self._urls[sample.teacher]}/v1/completions"
         body = {
             "model": self._models[sample.teacher],
@@ -76,12 +89,14 @@ class TeacherServers:
             # A server always samples a token too.
             "max_tokens": 1,
             "temperature": 1.0,
-            "prompt_logprobs": self._k,
+            "prompt_logprobs": k,
         }
         answer = await self._request(client, "POST", url, body)
         try:
             entries = answer["choices"][0]["prompt_logprobs"]
-            return _to_rows(entries, sample.tokens.size, self._k)
+            if len(entries) != sample.tokens.size:
+                raise ValueError(f"{len(entries)} entries")
+            return read(entries, sample)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise TeacherServerError(
                 f"{url} did not answer with prompt_logprobs of {sample.tokens.size} tokens ({error!r}); vLLM's "
@@ -110,15 +125,19 @@ class TeacherServers:
         raise TeacherServerError(f"{url} failed {self._retries + 1} times, the last time with: {problem}")
 
 
-def _to_rows(entries: Sequence[Mapping[str, Any] | None], length: int, k: int) -> TopTokens:
-    """Rows [length, k] from one mapping of token id to log-probability for each token but the first.
+def _token_logprobs(entries: _Entries, sample: TrainSample) -> FloatRow:
+    """The tokens' own log-probabilities, 0 for the first."""
+    pairs = zip(entries[1:], sample.tokens[1:].tolist(), strict=True)
+    return float_row([0.0, *(float((entry or {})[str(token)]["logprob"]) for entry, token in pairs)])
+
+
+def _top_tokens(k: int, entries: _Entries, sample: TrainSample) -> TopTokens:
+    """Rows [L, k] from one mapping of token id to log-probability for each token but the first.
 
     A server adds the token that is there, if it is not among the k: that one is left out again.
     """
-    ids_LK = np.full((length, k), -1, np.int32)
-    logprobs_LK = np.zeros((length, k), np.float32)
-    if len(entries) != length:
-        raise ValueError(f"{len(entries)} entries")
+    ids_LK = np.full((sample.tokens.size, k), -1, np.int32)
+    logprobs_LK = np.zeros((sample.tokens.size, k), np.float32)
     for position, entry in enumerate(entries):
         if entry is None:
             continue

@@ -62,6 +62,10 @@ class TrainerGroup:
         """Entropy of the policy at each token in nats, by data-parallel rank and micro-batch."""
         return self._rows("entropies", batch, "entropies")
 
+    def teacher_logprobs(self, batch: Batch) -> tuple[tuple[FloatRow, ...], ...]:
+        """Log-probabilities of the labels under the teacher, by data-parallel rank and micro-batch."""
+        return self._rows("teacher_logprobs", batch, "log-probabilities of the teacher")
+
     def divergences(self, batch: Batch) -> tuple[tuple[FloatRow, ...], ...]:
         """Divergence of the policy from the teacher at each token, by data-parallel rank and micro-batch."""
         return self._rows("divergences", batch, "divergences")

@@ -20,7 +20,7 @@ from configs.sizes import parse_size
 if TYPE_CHECKING:
     from actors.megatron_model import FrozenModel, MegatronModel
     from actors.megatron_setup import Device
-    from actors.megatron_teacher import Teacher
+    from actors.megatron_teacher import ScoringTeacher, Teacher
     from bridge.adapter_bridge import AdapterBridge
     from bridge.model_bridge import ModelBridge
 
@@ -63,6 +63,7 @@ class TrainerRank:
         self._model: MegatronModel
         self._reference: FrozenModel | None = None
         self._teacher: Teacher | None = None
+        self._scoring_teacher: ScoringTeacher | None = None
         self._weights: ModelBridge
         self._adapters: AdapterBridge | None = None
         self._sources: Sources
@@ -102,6 +103,11 @@ class TrainerRank:
             self._reference = self._load_frozen(sources.reference, sources.reference_adapter, warnings)
         if config.algorithm == "gkd":
             self._teacher = self._load_teacher(sources.teacher, warnings)
+        elif sources.teacher is not None:
+            from actors.megatron_teacher import ScoringTeacher
+
+            frozen = self._load_frozen(sources.teacher, None, warnings)
+            self._scoring_teacher = ScoringTeacher(frozen, offload=config.teacher.offload_teacher)
         self._parameters, self._plan = self._what_is_synced()
         return Started(plan=self._plan if self._rank == 0 else None, warnings=tuple(warnings))
 
@@ -129,7 +135,8 @@ class TrainerRank:
         if source is None:
             return GivenTeacher(self._config.gkd, self._weights.spec.vocab_size)
         frozen = self._load_frozen(source, None, warnings)
-        return MegatronTeacher(frozen, self._config.gkd, self._weights.spec.vocab_size)
+        offload = self._config.teacher.offload_teacher
+        return MegatronTeacher(frozen, self._config.gkd, self._weights.spec.vocab_size, offload=offload)
 
     def _what_is_synced(self) -> tuple[Mapping[str, torch.Tensor], Plan]:
         """What engines are sent, and how: the whole model, with adapters in it, or these alone."""
@@ -164,6 +171,12 @@ class TrainerRank:
 
         assert self._teacher is not None, "a run of gkd has a teacher"
         return divergences(self._teacher, self._model, micro_batches)
+
+    def teacher_logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[FloatRow] | None:
+        """Log-probabilities of the labels under the teacher, at the loss's temperature, on the last pipeline
+        stage, else None."""
+        assert self._scoring_teacher is not None, "a run with a teacher in the trainer ranks"
+        return self._scoring_teacher.logprobs(micro_batches, self._config.loss_temperature)
 
     def entropies(self, micro_batches: Sequence[MicroBatch]) -> list[FloatRow] | None:
         """Entropies at the loss's temperature on the last pipeline stage, else None."""

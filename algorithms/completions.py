@@ -1,11 +1,13 @@
 """What every loop does with completions: ask for them, put them in order, make samples of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from algorithms.data import Group, Prompt, Rollout, SamplingSettings, TrainSample, float_row, int_row
+from configs.schema import RunConfig
 
 
 def seeded(
@@ -23,6 +25,12 @@ def seeded(
 def place_of(group: Group) -> tuple[str, bytes]:
     """A key to sort by: groups finish in any order; the batch, and so the run, must not depend on it."""
     return group.prompt.id, group.rollouts[0].tokens.tobytes()
+
+
+def teacher_of(columns: Mapping[str, Any], config: RunConfig) -> str:
+    """Which teacher a row is for, by its column; "" where there is one."""
+    column = config.teacher.teacher_column
+    return "" if column is None else str(columns[column])
 
 
 def sample_of(prompt: Prompt, rollout: Rollout, teacher: str = "") -> TrainSample:

@@ -1,25 +1,30 @@
 """Held-out evaluation, and the numbers that describe a set of scored completions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from algorithms.completions import sample_of, teacher_of
 from algorithms.data import Prompt, Rollout, SamplingSettings, Scored
-from algorithms.roles import Judge, Sampler
-from configs.grpo import GRPOConfig
+from algorithms.distillation import reverse_kl, teacher_logprobs
+from algorithms.packing import pack, unpack
+from algorithms.roles import Roles
+from configs.schema import RunConfig
 
 
 def evaluate(
-    sampler: Sampler, judge: Judge, prompts: Sequence[Prompt], grpo: GRPOConfig
+    roles: Roles, prompts: Sequence[Prompt], config: RunConfig
 ) -> tuple[list[Scored], dict[str, float]]:
     """Completions of held-out prompts with their rewards, in prompt order, and the metrics.
 
-    `eval/accuracy` is the mean value of the first reward function. The same prompts always have the same seeds.
+    `eval/accuracy` is the mean value of the first reward function, if there is one, `eval/teacher_kl` the reverse
+    KL to a teacher on these completions. The same prompts always have the same seeds.
     """
     if not prompts:
         return [], {}
+    grpo = config.grpo
     order = {prompt.id: position for position, prompt in enumerate(prompts)}
-    groups = sampler.generate(
+    groups = roles.sampler.generate(
         (
             prompt,
             SamplingSettings(
@@ -33,10 +38,33 @@ def evaluate(
         )
         for position, prompt in enumerate(prompts)
     )
-    scored = sorted(judge.score(groups), key=lambda each: order[each.group.prompt.id])
+    scored = sorted(roles.judge.score(groups), key=lambda each: order[each.group.prompt.id])
     metrics = {f"eval/{name}": value for name, value in reward_metrics(scored).items()}
-    first = next(iter(scored[0].parts))
-    return scored, {"eval/accuracy": metrics[f"eval/rewards/{first}/mean"], **metrics}
+    own: dict[str, float] = {}
+    if scored[0].parts:
+        own["eval/accuracy"] = metrics[f"eval/rewards/{next(iter(scored[0].parts))}/mean"]
+    if config.has_teacher:
+        own["eval/teacher_kl"] = _teacher_kl(roles, scored, config)
+    return scored, own | metrics
+
+
+def score_of(metrics: Mapping[str, float]) -> float:
+    """How good an evaluation found the weights, the more the better."""
+    return metrics["eval/accuracy"] if "eval/accuracy" in metrics else -metrics["eval/teacher_kl"]
+
+
+def _teacher_kl(roles: Roles, scored: Sequence[Scored], config: RunConfig) -> float:
+    samples = [
+        sample_of(each.group.prompt, rollout, teacher_of(each.group.prompt.columns, config))
+        for each in scored
+        for rollout in each.group.rollouts
+        if rollout.loss_mask.any()
+    ]
+    if not samples:
+        return float("nan")
+    batch = pack(samples, config.trainer)
+    policy = unpack(batch, roles.trainer.logprobs(batch))
+    return reverse_kl(samples, policy, teacher_logprobs(samples, batch, roles.trainer, roles.teacher))
 
 
 def reward_metrics(scored: Sequence[Scored]) -> dict[str, float]:

@@ -7,10 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from algorithms.advantages import advantages_of
-from algorithms.completions import sample_of
+from algorithms.completions import sample_of, teacher_of
 from algorithms.data import Batch, FloatRow, Scored, TrainSample, float_row, int_row
+from algorithms.distillation import distillation_advantages, reverse_kl, teacher_logprobs
 from algorithms.packing import Scaling, pack, unpack
-from algorithms.roles import Trainer
+from algorithms.roles import TokenTeacher, Trainer
 from configs.grpo import GRPOConfig
 from configs.schema import RunConfig
 
@@ -33,17 +34,28 @@ class Experience:
     metrics: Mapping[str, float]
 
 
-def gather(groups: Sequence[Scored], config: RunConfig, trainer: Trainer) -> Experience:
-    """Samples of the completions that have a reward, in the order of the groups, with their advantages.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Asked:
+    """Samples with what the loss asks for, and what else was asked about each of their tokens."""
 
-    The trainer is asked for what must be known before its first optimizer step on them: log-probabilities
+    samples: Sequence[TrainSample]
+    entropies: Sequence[FloatRow] | None = None
+    teacher: Sequence[FloatRow] | None = None
+
+
+def gather(
+    groups: Sequence[Scored], config: RunConfig, trainer: Trainer, teacher: TokenTeacher | None = None
+) -> Experience:
+    """Samples of the completions that have a reward or a teacher, with advantages, in the order of the groups.
+
+    Trainer and teacher are asked for what must be known before the first optimizer step on them: log-probabilities
     under the policy when weights will change between steps, under the reference when there is a KL
-    term, entropies when tokens are chosen by them.
+    term, under the teacher, entropies when tokens are chosen by them.
     """
     settings = config.grpo
     kept = [_kept(each, settings) for each in groups]
     samples = [
-        sample_of(each.group.prompt, rollout)
+        sample_of(each.group.prompt, rollout, teacher_of(each.group.prompt.columns, config))
         for each, used in zip(groups, kept, strict=True)
         for rollout, is_used in zip(each.group.rollouts, used, strict=True)
         if is_used
@@ -53,7 +65,8 @@ def gather(groups: Sequence[Scored], config: RunConfig, trainer: Trainer) -> Exp
         for each, used in zip(groups, kept, strict=True)
         for index in np.flatnonzero(used)
     )
-    samples, entropies = _ask(samples, config, trainer) if samples else ([], None)
+    asked = _ask(samples, config, trainer, teacher) if samples else _Asked(samples=())
+    samples = asked.samples
     rewards = [each.rewards for each in groups]
     metrics: dict[str, float] = {}
     if settings.kl_in_reward:
@@ -64,9 +77,11 @@ def gather(groups: Sequence[Scored], config: RunConfig, trainer: Trainer) -> Exp
         replace(sample, advantages=float_row(sample.loss_mask * (value + credit)))
         for sample, value, credit in zip(samples, chosen, _credits(groups, kept, samples), strict=True)
     ]
-    if entropies is not None:
+    if asked.teacher is not None:
+        samples, metrics["teacher_kl"] = _taught(samples, asked.teacher, settings)
+    if asked.entropies is not None:
         samples, metrics["entropy_threshold"] = _most_uncertain(
-            samples, entropies, settings.top_entropy_quantile
+            samples, asked.entropies, settings.top_entropy_quantile
         )
     return Experience(samples=tuple(samples), origins=origins, metrics=metrics)
 
@@ -109,7 +124,8 @@ _EQUAL = (
 
 
 def _kept(scored: Scored, settings: GRPOConfig) -> NDArray[np.bool_]:
-    """Which completions are trained on: those with a reward and a token, unless cut where that is masked."""
+    """Which completions are trained on: those with a reward or a teacher and a token, unless cut where that is
+    masked."""
     return np.array([reason is None for reason in _left_out(scored, settings)])
 
 
@@ -118,7 +134,7 @@ def _left_out(scored: Scored, settings: GRPOConfig) -> Iterator[str | None]:
     for rollout, reward in zip(scored.group.rollouts, scored.rewards, strict=True):
         if rollout.finish == "abort":
             yield "were aborted"
-        elif np.isnan(reward):
+        elif np.isnan(reward) and settings.teacher_kl_coef == 0:
             yield "have no reward of any function"
         elif not rollout.loss_mask.any():
             yield "have no token"
@@ -146,19 +162,43 @@ def _credits(
 
 
 def _ask(
-    samples: Sequence[TrainSample], config: RunConfig, trainer: Trainer
-) -> tuple[list[TrainSample], list[FloatRow] | None]:
+    samples: Sequence[TrainSample], config: RunConfig, trainer: Trainer, teacher: TokenTeacher | None
+) -> _Asked:
     settings = config.grpo
     batch = pack(samples, config.trainer)
     asked = list(samples)
     if settings.beta > 0:
         rows = unpack(batch, trainer.reference_logprobs(batch))
         asked = [replace(sample, ref_logprobs=row) for sample, row in zip(asked, rows, strict=True)]
-    if settings.optimizer_steps > 1 or settings.kl_in_reward:
+    if settings.optimizer_steps > 1 or settings.kl_in_reward or config.has_teacher:
         rows = unpack(batch, trainer.logprobs(batch))
         asked = [replace(sample, old_logprobs=row) for sample, row in zip(asked, rows, strict=True)]
-    wanted = settings.top_entropy_quantile < 1
-    return asked, unpack(batch, trainer.entropies(batch)) if wanted else None
+    return _Asked(
+        samples=asked,
+        entropies=unpack(batch, trainer.entropies(batch)) if settings.top_entropy_quantile < 1 else None,
+        teacher=teacher_logprobs(samples, batch, trainer, teacher) if config.has_teacher else None,
+    )
+
+
+def _taught(
+    samples: Sequence[TrainSample], teacher: Sequence[FloatRow], settings: GRPOConfig
+) -> tuple[list[TrainSample], float]:
+    """The samples with the teacher's word added to their advantages, and the reverse KL to it."""
+    policy = [_known(sample.old_logprobs) for sample in samples]
+    added = [
+        distillation_advantages(sample, ours, theirs, settings.teacher_kl_coef)
+        for sample, ours, theirs in zip(samples, policy, teacher, strict=True)
+    ]
+    taught = [
+        replace(sample, advantages=float_row(sample.advantages + row))
+        for sample, row in zip(samples, added, strict=True)
+    ]
+    return taught, reverse_kl(samples, policy, teacher)
+
+
+def _known(row: FloatRow | None) -> FloatRow:
+    assert row is not None, "asked for"
+    return row
 
 
 def _with_kl(
@@ -174,9 +214,7 @@ def _with_kl(
 
 def _k1(sample: TrainSample) -> float:
     """log(policy / reference) of the whole completion, before the first optimizer step."""
-    assert sample.old_logprobs is not None, "asked for"
-    assert sample.ref_logprobs is not None, "asked for"
-    difference = sample.old_logprobs.astype(np.float64) - sample.ref_logprobs
+    difference = _known(sample.old_logprobs).astype(np.float64) - _known(sample.ref_logprobs)
     return float((difference * sample.loss_mask).sum())
 
 

@@ -43,7 +43,11 @@ def _grpo_line(settings: GRPOConfig) -> str:
         term += f" + {settings.beta:g}{ratio} KL_{settings.kl_estimator}(π‖π_ref)"
     if settings.entropy_coef > 0:
         term += f" - {settings.entropy_coef:g} H(π)"
-    return f"{outer} [ {term} ],  r = {_ratio(settings)},  A = {_advantage(settings)}"
+    return f"{outer} [ {term} ],  r = {_ratio(settings)},  A = {_advantage(settings)}{_taught(settings)}"
+
+
+def _taught(settings: GRPOConfig) -> str:
+    return f" + {settings.teacher_kl_coef:g} log π_T/π_old" if settings.teacher_kl_coef > 0 else ""
 
 
 def _gkd_line(settings: GKDConfig) -> str:

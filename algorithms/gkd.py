@@ -1,13 +1,13 @@
 """Generalized knowledge distillation: completions, own or given -> train step towards the teacher."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from algorithms.clock import Clock
-from algorithms.completions import place_of, sample_of, seeded
+from algorithms.completions import place_of, sample_of, seeded, teacher_of
 from algorithms.data import (
     Batch,
     FloatRow,
@@ -45,11 +45,12 @@ class Student:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Roles:
     """Everything the loop talks to. `student` is None in a run without on-policy steps, `teacher` in one whose
-    trainer has the teacher."""
+    trainer has the teacher; `writer`, with gkd.seq_kd, completes prompts as the teacher would."""
 
     trainer: Distiller
     student: Student | None
     teacher: TopTeacher | None = None
+    writer: Sampler | None = None
     recorder: Recorder
 
 
@@ -64,9 +65,9 @@ def train(
     """Run `max_steps` optimizer steps of `gkd.batch_size` samples; evaluate before, after, and every `eval_steps`.
 
     A step is on-policy with probability `gkd.lmbda`: the student completes `prompts`, under weights that engines
-    are sent just before. Other steps take `samples`. A step that is left with nothing is recorded and trains
-    nothing. Raises BasculeError after `gkd.max_empty_steps` on-policy ones in a row of this kind.
-    `keeper` tells after which of the steps to begin.
+    are sent just before. Other steps take `samples`, or with `gkd.seq_kd` what the teacher makes of `prompts`. A
+    step that is left with nothing is recorded and trains nothing. Raises BasculeError after `gkd.max_empty_steps`
+    in a row, among those that sample. `keeper` tells after which of the steps to begin.
     """
     keeper = keeper or Forgetful()
     empty = keeper.start.empty
@@ -81,16 +82,21 @@ def train(
             with clock("sync"):
                 metrics |= roles.student.weights.sync(step - 1)
             with clock("generate"):
-                taking = prompts.take(config.gkd.batch_size)
-                requests = seeded(taking, _sampling(config), seed=config.seed, step=step)
-                groups = sorted(roles.student.sampler.generate(requests), key=place_of)
-            roles.recorder.rollouts(step, map(_unscored, groups))
+                groups = _complete(roles.student.sampler, prompts, config, step)
             taken = [sample for group in groups for sample in to_samples(group, config)]
-            empty = 0 if taken else empty + 1
-            _check_empty(empty, step, groups, config)
+        elif roles.writer is not None:
+            assert prompts is not None, "a teacher that writes has prompts"
+            with clock("generate"):
+                groups = _complete(roles.writer, prompts, config, step)
+            taken = [_given(sample) for group in groups for sample in to_samples(group, config)]
         else:
             assert samples is not None, "a run with other steps has samples"
-            taken = [_of_dataset(sample) for sample in samples.take(config.gkd.batch_size)]
+            groups = None
+            taken = [_given(sample) for sample in samples.take(config.gkd.batch_size)]
+        if groups is not None:
+            roles.recorder.rollouts(step, map(_unscored, groups))
+            empty = 0 if taken else empty + 1
+            _check_empty(empty, step, groups, config)
         if taken:
             with clock("teach"):
                 batch = _batch(config, roles, taken)
@@ -104,6 +110,12 @@ def train(
         if config.evaluates_at(step):
             _evaluate(config, roles, held_out, step)
         keeper.keep(Progress(step=step, version=step, empty=empty))
+
+
+def _complete(sampler: Sampler, prompts: PromptStream[Prompt], config: RunConfig, step: int) -> list[Group]:
+    taken = prompts.take(config.gkd.batch_size)
+    requests = seeded(taken, _sampling(config), seed=config.seed, step=step)
+    return sorted(sampler.generate(requests), key=place_of)
 
 
 def _evaluate(config: RunConfig, roles: Roles, held_out: Sequence[TrainSample], step: int) -> None:
@@ -134,7 +146,7 @@ def _check_empty(empty: int, step: int, groups: Sequence[Group], config: RunConf
     if empty >= config.gkd.max_empty_steps:
         finishes = [rollout.finish for group in groups for rollout in group.rollouts]
         raise BasculeError(
-            f"{empty} on-policy steps in a row, the last one step {step}, had nothing to train on: of its "
+            f"{empty} sampled steps in a row, the last one step {step}, had nothing to train on: of its "
             f"{len(finishes)} completions {finishes.count('abort')} were aborted, and the others have no token; "
             "look at rollouts.jsonl, and at what became of the engines"
         )
@@ -144,12 +156,6 @@ def is_on_policy(config: RunConfig, step: int) -> bool:
     """Whether this step trains on completions of the student: drawn from the seed for every step by itself."""
     drawn = np.random.default_rng((config.seed, step)).random()
     return bool(drawn < config.gkd.lmbda)
-
-
-def teacher_of(columns: Mapping[str, Any], config: RunConfig) -> str:
-    """Which teacher a row is for, by its column; "" where there is one."""
-    column = config.gkd.teacher_column
-    return "" if column is None else str(columns[column])
 
 
 def to_samples(group: Group, config: RunConfig) -> list[TrainSample]:
@@ -162,7 +168,7 @@ def to_samples(group: Group, config: RunConfig) -> list[TrainSample]:
     ]
 
 
-def _of_dataset(sample: TrainSample) -> TrainSample:
+def _given(sample: TrainSample) -> TrainSample:
     """With an advantage of 1, by which the loss knows where cross-entropy is added (losses.gkd_loss)."""
     return replace(sample, advantages=float_row(np.ones(sample.tokens.size)))
 

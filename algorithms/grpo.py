@@ -7,7 +7,7 @@ import numpy as np
 from algorithms.advantages import has_signal
 from algorithms.clock import Clock
 from algorithms.data import Prompt, Scored, StepResult, TrainSample
-from algorithms.evaluation import evaluate, reward_metrics
+from algorithms.evaluation import evaluate, reward_metrics, score_of
 from algorithms.experience import gather, optimizer_batches, untrained
 from algorithms.progress import Forgetful, Keeper, Progress
 from algorithms.prompts import PromptStream
@@ -35,10 +35,10 @@ def train(
     version, empty = start.version, start.empty
 
     def evaluate_at(step: int) -> None:
-        scored, metrics = evaluate(roles.sampler, roles.judge, held_out, config.grpo)
+        scored, metrics = evaluate(roles, held_out, config)
         roles.recorder.evaluation(step, scored, metrics)
         if metrics:
-            roles.trainer.rate(step, metrics["eval/accuracy"])
+            roles.trainer.rate(step, score_of(metrics))
 
     rollouts = Rollouts(config, roles.sampler, roles.judge, prompts, start.step)
     roles.weights.sync(version)
@@ -52,7 +52,7 @@ def train(
             generated = rollouts.generate(step)
         roles.recorder.rollouts(step, generated.scored)
         with clock("train"):
-            experience = gather(generated.kept, config, roles.trainer)
+            experience = gather(generated.kept, config, roles.trainer, roles.teacher)
         with recording(step, experience, config, roles, clock), clock("train"):
             results = list(_optimize(config, roles.trainer, experience.samples))
         empty = 0 if results else empty + 1

@@ -54,6 +54,10 @@ class Trainer(Protocol):
         """The same under the reference."""
         ...
 
+    def teacher_logprobs(self, batch: Batch) -> tuple[tuple[FloatRow, ...], ...]:
+        """The same under a teacher that the trainer has."""
+        ...
+
     def entropies(self, batch: Batch) -> tuple[tuple[FloatRow, ...], ...]:
         """Entropy of the policy at each token in nats, by rank and micro-batch, each of length T."""
         ...
@@ -76,6 +80,14 @@ class TopTeacher(Protocol):
 
     def top_tokens(self, samples: Sequence[TrainSample]) -> list[TopTokens]:
         """Of each sample, as many tokens in place of each of its tokens."""
+        ...
+
+
+class TokenTeacher(Protocol):
+    """A teacher that is asked what it thinks of the tokens that are there, wherever it runs."""
+
+    def token_logprobs(self, samples: Sequence[TrainSample]) -> list[FloatRow]:
+        """Of each sample the log-probability of each of its tokens, 0 for the first, at temperature 1."""
         ...
 
 
@@ -133,10 +145,11 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Roles:
-    """Everything the GRPO loop talks to."""
+    """Everything the GRPO loop talks to. `teacher` is None where there is none, or the trainer has it."""
 
     trainer: Trainer
     sampler: Sampler
     judge: Judge
     weights: WeightSync
     recorder: Recorder
+    teacher: TokenTeacher | None = None

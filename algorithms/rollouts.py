@@ -115,6 +115,8 @@ def is_trained_on(scored: Scored, settings: GRPOConfig) -> bool:
     """Whether the group has something to teach, as the estimator sees it, or is kept all the same."""
     if not settings.filter_zero_variance or settings.advantage_estimator == "reinforce_plus_plus":
         return True
+    if settings.teacher_kl_coef > 0:
+        return True
     if any(row.any() for row in scored.credits):
         return True
     if settings.advantage_estimator == "gdpo":

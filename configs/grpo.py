@@ -14,7 +14,7 @@ AdvantageEstimator = Literal["grpo", "rloo", "reinforce_plus_plus", "reinforce_p
 class GRPOConfig(Section):
     """Group-relative policy optimization. Names are TRL's, or ms-swift's where TRL has none."""
 
-    num_generations: int = Field(default=8, ge=2)
+    num_generations: int = Field(default=8, ge=1)
     """Completions per prompt: the group that advantages are relative to."""
     prompts_per_step: int = Field(default=16, ge=1)
     """Prompts per generation step."""
@@ -118,6 +118,9 @@ class GRPOConfig(Section):
     """Share of tokens, those with the highest entropy in the whole generation step, that have a policy term."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of an entropy bonus."""
+    teacher_kl_coef: float = Field(default=0.0, ge=0)
+    """On-policy distillation: add this times log(teacher / old policy) of each token to its advantage, which
+    lowers the reverse KL to the teacher. Rewards may then be left out. 0 needs no teacher."""
 
     @property
     def optimizer_steps(self) -> int:
@@ -132,8 +135,13 @@ class GRPOConfig(Section):
         return "group" if self.advantage_estimator == "grpo" else "none"
 
 
-def check_grpo(grpo: GRPOConfig) -> None:
+def check_grpo(grpo: GRPOConfig, *, has_rewards: bool) -> None:
     """Raises ValueError naming the option that contradicts another."""
+    if has_rewards and grpo.num_generations < 2 and grpo.advantage_estimator != "reinforce_plus_plus":
+        raise ValueError(
+            "grpo.num_generations: a reward is compared with others of its group, so 2 is the least; 1 goes with "
+            "advantage_estimator reinforce_plus_plus, or with teacher_kl_coef and no rewards"
+        )
     if grpo.prompts_per_step % grpo.steps_per_generation:
         raise ValueError(
             f"grpo.steps_per_generation: {grpo.steps_per_generation} does not divide "
@@ -165,6 +173,11 @@ def _of_rewards(grpo: GRPOConfig) -> Iterator[str]:
         yield (
             "dynamic_sample: replaces groups whose rewards are equal, which reinforce_plus_plus trains on too, "
             "since it compares with the batch; set it to false, or take another advantage_estimator"
+        )
+    if grpo.dynamic_sample and grpo.teacher_kl_coef > 0:
+        yield (
+            "dynamic_sample: replaces groups whose rewards are equal, which teacher_kl_coef trains on too; leave "
+            "one of them out"
         )
     if grpo.dynamic_sample and not grpo.filter_zero_variance:
         yield "filter_zero_variance: dynamic_sample replaces these groups; set one of the two to false"

@@ -70,7 +70,10 @@ def resolve_key(
     found = [
         ([*option.path[:-1], *place], option)
         for option in options
-        if "N" not in option.path and (place := match_place(parts, option.path[-1:], option)) is not None
+        # What is in a section of a section is written out: `--num_engines` are the rollout's, not the teacher's.
+        if "N" not in option.path
+        and len(option.path) <= 2
+        and (place := match_place(parts, option.path[-1:], option)) is not None
     ]
     if len(found) > 1 and algorithm is not None:
         others = set(algorithms(options)) - {algorithm}

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from configs.checkpoint import CheckpointConfig, check_resume
 from configs.data import DataConfig, check_data
+from configs.engines import RolloutConfig
 from configs.environment import EnvironmentConfig, check_environment
 from configs.errors import ConfigError
 from configs.gkd import GKDConfig, check_gkd
@@ -16,6 +17,7 @@ from configs.record import RecordConfig
 from configs.rewards import RewardConfig, RewardWorkersConfig
 from configs.section import Names, Section
 from configs.sft import SFTConfig
+from configs.teacher import TeacherConfig, check_teacher
 from configs.tuner import TunerConfig, check_tuner
 from configs.unused import check_algorithms_own
 
@@ -32,7 +34,7 @@ class ModelConfig(Section):
     mcore_ref_model: Path | None = None
     """Megatron torch_dist checkpoint of the reference."""
     teacher_model: str | None = Field(default=None, min_length=1)
-    """Teacher of gkd, a model with the same tokenizer."""
+    """Teacher of gkd, or of grpo with teacher_kl_coef: a model with the same tokenizer."""
     mcore_teacher_model: Path | None = None
     """Megatron torch_dist checkpoint of the teacher."""
     torch_dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -130,29 +132,6 @@ class TrainerConfig(LayoutConfig):
     """Parameters that are not trained: patterns (`*`, `?`, `[0-9]`) of whole Hugging Face names."""
 
 
-class RolloutConfig(Section):
-    """The vLLM engines. Names are vLLM's."""
-
-    num_engines: int = Field(default=1, ge=1)
-    """Independent engines; each takes the next prompt when it has room."""
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    """Workers of one engine that share its matrices."""
-    max_model_len: int | None = Field(default=None, ge=1)
-    """Longest prompt plus completion in tokens; by default the model's own limit."""
-    max_num_seqs: int = Field(default=64, ge=1)
-    """Sequences one engine decodes at the same time."""
-    gpu_memory_utilization: float = Field(default=0.8, gt=0, le=1)
-    """Share of GPU memory an engine may take. GPU only, untested."""
-    kv_cache_memory_bytes: int = Field(default=256 << 20, ge=1 << 20)
-    """Size of the key-value cache of one engine on CPU."""
-    enforce_eager: bool = True
-    """Run without torch.compile and graphs; on CPU compilation costs more than it saves on small models."""
-    enable_prefix_caching: bool = True
-    """Reuse the key-value cache of common prefixes; it is cleared after every weight sync."""
-    vllm_enable_lora: bool = False
-    """Send only the adapter to the engines, which apply it as they go; else they get merged weights."""
-
-
 class BridgeConfig(Section):
     """The way of weights from trainers to engines; see docs/weight-sync.md."""
 
@@ -216,6 +195,7 @@ class RunConfig(Section):
     trainer: TrainerConfig = TrainerConfig()
     tuner: TunerConfig = TunerConfig()
     rollout: RolloutConfig = RolloutConfig()
+    teacher: TeacherConfig = TeacherConfig()
     grpo: GRPOConfig = GRPOConfig()
     gkd: GKDConfig = GKDConfig()
     sft: SFTConfig = SFTConfig()
@@ -249,6 +229,16 @@ class RunConfig(Section):
     def has_engines(self) -> bool:
         """Whether the policy itself completes prompts."""
         return self.algorithm == "grpo" or (self.algorithm == "gkd" and self.gkd.lmbda > 0)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a second model is asked what it thinks of completions."""
+        return self.algorithm == "gkd" or (self.algorithm == "grpo" and self.grpo.teacher_kl_coef > 0)
+
+    @property
+    def teacher_place(self) -> Literal["trainer", "engine", "server"]:
+        """Where the teacher is, if the run has one."""
+        return "server" if self.teacher.servers else self.teacher.teacher_backend
 
     @property
     def max_completion_length(self) -> int:
@@ -289,9 +279,10 @@ class RunConfig(Section):
     def _rules_between_sections(self) -> Self:
         trainer, grpo = self.trainer, self.grpo
         if self.algorithm == "grpo":
-            if not self.rewards and self.environment.function is None:
-                raise ValueError("rewards: grpo needs at least one reward function")
-            check_grpo(grpo)
+            has_rewards = bool(self.rewards) or self.environment.function is not None
+            if not has_rewards and not self.has_teacher:
+                raise ValueError("rewards: grpo needs at least one reward function, or grpo.teacher_kl_coef")
+            check_grpo(grpo, has_rewards=has_rewards)
             room, counts = self.rollout.max_num_seqs, (grpo.num_generations, grpo.eval_num_generations)
             for name, count in zip(("num_generations", "eval_num_generations"), counts, strict=True):
                 if count > room:
@@ -303,9 +294,9 @@ class RunConfig(Section):
                 raise ValueError(
                     "grpo.sync_ref_model: moves a whole reference; it needs tuner.tuner_type full"
                 )
+        check_teacher(self)
         if self.algorithm == "gkd":
-            teachers = (self.model.teacher_model, self.model.mcore_teacher_model)
-            check_gkd(self.gkd, has_teacher_model=any(each is not None for each in teachers))
+            check_gkd(self.gkd, self.teacher_place)
         check_algorithms_own(self)
         check_environment(self)
         check_data(self.data)

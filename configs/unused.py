@@ -11,8 +11,6 @@ def check_algorithms_own(config: "RunConfig") -> None:
     model = config.model
     # The algorithm's own section is not looked at: one file may serve several commands.
     given: tuple[tuple[str, str, object], ...] = (
-        ("gkd", "model.teacher_model", model.teacher_model),
-        ("gkd", "model.mcore_teacher_model", model.mcore_teacher_model),
         ("grpo", "model.ref_model", model.ref_model),
         ("grpo", "model.mcore_ref_model", model.mcore_ref_model),
         ("grpo", "tuner.ref_adapters", config.tuner.ref_adapters),

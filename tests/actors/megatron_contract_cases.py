@@ -25,6 +25,7 @@ LOSSES: dict[str, dict[str, Any]] = {
         "entropy_coef": 0.05,
         "off_policy_mask_threshold": 0.05,
     },
+    "distillation": {"teacher_kl_coef": 0.5},
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {},

@@ -7,6 +7,7 @@ compare with is torch's, of transformers' model on every sample by itself.
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from megatron_worker import grads_of, join, loader, mine, run_under, worst
 from megatron_worker_reference import TEMPERATURE, build_reference
 
 from algorithms.data import TrainSample, float_row, int_row
+from algorithms.distillation import distillation_advantages
 from algorithms.experience import scaling
 from algorithms.losses import sft_loss
 from algorithms.packing import Scaling, pack
@@ -66,6 +68,14 @@ def make_samples(model: torch.nn.Module, vocab_size: int) -> list[TrainSample]:
     return samples
 
 
+def taught(sample: TrainSample, coefficient: float) -> TrainSample:
+    """With the word of a teacher, which is what is the reference in other cases."""
+    assert sample.old_logprobs is not None
+    assert sample.ref_logprobs is not None
+    added = distillation_advantages(sample, sample.old_logprobs, sample.ref_logprobs, coefficient)
+    return replace(sample, advantages=float_row(sample.advantages + added))
+
+
 def reference_predictions(model: torch.nn.Module, tokens: np.ndarray) -> Predictions:
     """Log-probabilities and entropies, without the place after the last token."""
     ids = torch.tensor(tokens, dtype=torch.int64)
@@ -106,6 +116,8 @@ def loss_and_scale(name: str, samples: Sequence[TrainSample]) -> tuple[TokenLoss
 def measure(reference: Any, model: MegatronModel, layout: str, name: str) -> dict[str, Any]:
     """Errors of loss and gradient, the largest over all ways to pack the samples."""
     samples = make_samples(reference, reference.config.vocab_size)
+    if name == "distillation":
+        samples = [taught(sample, LOSSES[name]["teacher_kl_coef"]) for sample in samples]
     loss, scale = loss_and_scale(name, samples)
     want = reference_gradient(reference, samples, loss, scale)
     grads = grads_of(reference)

@@ -33,7 +33,7 @@ from megatron.core import parallel_state  # noqa: E402
 from actors.megatron_divergence import vocab_parallel_divergence  # noqa: E402
 from actors.megatron_model import FrozenModel, MegatronModel, tensor_parallel_group  # noqa: E402
 from actors.megatron_setup import shutdown_megatron  # noqa: E402
-from actors.megatron_teacher import MegatronTeacher  # noqa: E402
+from actors.megatron_teacher import MegatronTeacher, ScoringTeacher  # noqa: E402
 from actors.megatron_topk import topk_divergence, vocab_parallel_topk  # noqa: E402
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -48,7 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "temperature": {"beta": 0.5, "temperature": 0.7, "loss_temperature": "same"},
     "topk": {"beta": 0.5, "gkd_logits_topk": 5, "temperature": 0.7, "loss_temperature": "same"},
     "tail": {"beta": 0.9, "gkd_logits_topk": 5, "gkd_topk_tail": True},
-    "offload": {"beta": 0.0, "offload_teacher": True, "sft_alpha": 0.3},
+    "offload": {"beta": 0.0, "sft_alpha": 0.3},
 }
 CASES = {
     "tp2-sp": tuple(SETTINGS),
@@ -112,7 +112,7 @@ def run_step(layout: str, name: str) -> dict[str, Any]:
     run = run_under(LAYOUTS[layout], False, clip_grad=CLIP_GRAD)
     model = MegatronModel(run, spec_of(student), device="cpu", load=loader(student))
     frozen = FrozenModel(run.trainer, torch.float32, spec_of(teacher), device="cpu", load=loader(teacher))
-    against = MegatronTeacher(frozen, settings, VOCABULARY)
+    against = MegatronTeacher(frozen, settings, VOCABULARY, offload=name == "offload")
     rows = make_sequences(VOCABULARY)
     batches, _ = split_rows(rows, 2 if parallel_state.get_data_parallel_world_size() == 1 else 1)
 
@@ -138,6 +138,26 @@ def run_step(layout: str, name: str) -> dict[str, Any]:
     weights = weights_of(student)
     return {key: abs(found[key] / want[key] - 1) for key in want} | {
         "weights": worst((parameter.detach(), weights[key]) for key, parameter in mine(model.chunks)),
+    }
+
+
+def run_scoring(layout: str) -> dict[str, float]:
+    """Error of the log-probabilities of labels under a teacher that is offloaded, asked twice."""
+    teacher, trainer = build_teacher(), run_under(LAYOUTS[layout], False).trainer
+    frozen = FrozenModel(trainer, torch.float32, spec_of(teacher), device="cpu", load=loader(teacher))
+    scoring = ScoringTeacher(frozen, offload=True)
+    rows = make_sequences(VOCABULARY)
+    scoring.logprobs(rows, 0.7)
+    errors = [0.0]
+    for row, got in zip(rows, scoring.logprobs(rows, 0.7) or (), strict=False):
+        with torch.no_grad():
+            logits = teacher(torch.tensor(row.tokens_T)[None].long()).logits[0]
+        labels = torch.tensor(row.labels_T).long()[:, None]
+        want = torch.log_softmax(logits / 0.7, -1).gather(1, labels)[:, 0]
+        errors.append(float(((torch.tensor(got) - want) * torch.tensor(row.loss_mask_T)).abs().max()))
+    return {
+        "logprobs": max(errors),
+        "rows": float(parallel_state.is_pipeline_last_stage() != (len(errors) > 1)),
     }
 
 
@@ -175,6 +195,8 @@ def run_split_vocabulary(beta: float) -> dict[str, float]:
 def cases_of(layout: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for name in CASES[layout]:
         yield f"{layout}/{name}", run_step(layout, name)
+    if layout in ("tp2-sp", "pp2"):
+        yield f"{layout}/scoring", run_scoring(layout)
     if layout == "tp2":
         for beta in gkd_reference.BETAS:
             yield f"split/{beta:g}", run_split_vocabulary(beta)

@@ -30,9 +30,9 @@ from tests.actors.engine_helpers import (
     prompt,
     reference_greedy,
     reference_logprobs,
-    reference_score,
     settings,
 )
+from tests.actors.engine_teaching import assert_judges_like_transformers
 
 pytestmark = pytest.mark.engine
 pytest_plugins = ("tests.actors.engine_fixtures",)
@@ -145,12 +145,8 @@ def test_aborted_completions_come_back_with_what_they_have(rigs: dict[str, Rig])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "moe"])
-def test_score_is_the_log_probability_of_given_tokens(rigs: dict[str, Rig], family: str) -> None:
-    rig = rigs[family]
-    tokens = prompt(1, length=60).tokens
-    got = ask(rig, "score", tokens)
-    np.testing.assert_allclose(got, reference_score(rig.model, tokens), atol=1e-4)
-    assert len(got) == 59
+def test_given_tokens_are_judged_like_transformers_does(rigs: dict[str, Rig], family: str) -> None:
+    assert_judges_like_transformers(rigs[family])
 
 
 def test_too_long_prompt_is_named(rigs: dict[str, Rig]) -> None:

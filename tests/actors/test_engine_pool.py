@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ import ray
 from actors import engine_group
 from actors.engine_group import EngineGroup
 from actors.engine_pool import EngineLostError, EnginePool, Member
+from actors.teacher_engines import TeacherEngines
 from algorithms.data import Group, Prompt, SamplingSettings
 from configs.errors import BasculeError
 from tests.actors.engine_helpers import prompt, settings
+from tests.actors.engine_teaching import sample_to_judge
 
 pytestmark = pytest.mark.engine
 pytest_plugins = ("tests.actors.engine_fixtures",)
@@ -48,6 +51,10 @@ class Engine:
                 raise BasculeError("vLLM failed: EngineDeadError")
         return Group(prompt=one, rollouts=(os.getpid(),))  # pyright: ignore[reportArgumentType]
 
+    async def score(self, tokens: list[int]) -> list[float]:
+        await asyncio.sleep(0.5)
+        return [float(token) for token in tokens[1:]]
+
 
 @pytest.fixture
 def made(ray_cluster: str, tmp_path: Path) -> Iterator[Any]:
@@ -64,7 +71,7 @@ def made(ray_cluster: str, tmp_path: Path) -> Iterator[Any]:
 
 
 def group_of(
-    make: Any, count: int = 2, recoveries: int = 2, replace: bool = True
+    make: Any, count: int = 2, recoveries: int = 2, *, gets_weights: bool = True
 ) -> tuple[EngineGroup, list[int]]:
     pool = EnginePool(
         [make(index) for index in range(count)],
@@ -72,7 +79,7 @@ def group_of(
         start_timeout_s=30,
         max_recoveries=recoveries,
     )
-    group = EngineGroup(pool, room=2, timeout_s=30)
+    group = EngineGroup(pool, room=2, timeout_s=30, gets_weights=gets_weights)
     refs = group.start()
     group.ready(refs, 30)
     return group, ray.get(refs)
@@ -128,6 +135,22 @@ def test_what_a_lost_engine_was_doing_is_done_by_others(made: Any, tmp_path: Pat
     assert group._room.in_flight == (0, 0)
     assert [member.incarnation for member in group.members] == [1, 0]
     group.close()
+
+
+def test_a_lost_teacher_is_replaced_and_not_waited_for_while_there_is_another(made: Any) -> None:
+    group, pids = group_of(made, gets_weights=False)
+    teacher = TeacherEngines(group, k=0)
+    samples = [sample_to_judge(number, length=4) for number in range(7)]
+    killing = threading.Timer(0.2, os.kill, (pids[0], signal.SIGKILL))
+    killing.start()
+    want = [[0.0, *sample.tokens[1:]] for sample in samples]
+    assert [row.tolist() for row in teacher.token_logprobs(samples)] == want
+    killing.join()
+    until(lambda: group.pool.members("new"))
+    # Nobody gives it weights, and it works all the same.
+    assert [row.tolist() for row in teacher.token_logprobs(samples)] == want
+    assert [member.incarnation for member in group.members] == [1, 0]
+    teacher.close()
 
 
 def test_calls_that_share_engines_do_not_wait_for_each_other(made: Any) -> None:

@@ -19,7 +19,7 @@ EVERY_BETA = tuple(f"beta {beta:g}" for beta in BETAS)
 CASES = [
     *(f"tp2-sp/{name}" for name in (*EVERY_BETA, "temperature", "topk", "tail", "offload")),
     *(f"pp2/{name}" for name in ("beta 0", "beta 0.5", "beta 1", "topk", "offload")),
-    *("tp2/beta 0.5", "tp2/offload", "dp2/beta 0.5"),
+    *("tp2/beta 0.5", "tp2/offload", "dp2/beta 0.5", "tp2-sp/scoring", "pp2/scoring"),
     *(f"cp2/{name}" for name in ("beta 0.5", "tail", "offload")),
 ]
 

@@ -122,6 +122,25 @@ def test_an_engine_of_two_workers_asks_for_two_of_each() -> None:
     assert two.memory == one.memory + (1 << 30)
 
 
+def test_a_teacher_is_in_the_trainer_ranks_or_in_bundles_of_its_own() -> None:
+    def bundles(**teacher: object) -> tuple[Bundle, ...]:
+        run = config(
+            algorithm="gkd",
+            model={"model": "m", "teacher_model": "t"},
+            gkd={"lmbda": 0, "gkd_logits_topk": 8},
+            teacher=teacher,
+        )
+        return bundles_of(run, size(1000), "cuda", size(1_000_000))
+
+    (inside,) = bundles()
+    engine = {"num_engines": 2, "tensor_parallel_size": 4}
+    trainer, *teachers = bundles(teacher_backend="engine", engine=engine)
+    assert inside.memory == trainer.memory + 2 * 1_000_000
+    # bfloat16, once more while it is loaded, and four processes.
+    memory = 4 * (1 << 30) + (1 << 29) + 2 * 2 * 1_000_000
+    assert teachers == [Bundle(owner="teacher", cpus=2.0, gpus=4, memory=memory)] * 2
+
+
 def test_experts_are_shared_by_their_own_ranks_written_out() -> None:
     gib = 1 << 30
     layout = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "data_parallel_size": 4}

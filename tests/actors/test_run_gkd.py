@@ -1,6 +1,7 @@
 """GKD by its command: a student comes near its teacher, measured by transformers on the checkpoint."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 
 from actors.cli import main
 from tests.actors import gkd_reference
-from tests.actors.engine_helpers import make_model, save_tokenizer
-from tests.actors.run_helpers import Finished, make_workspace, rows, run
+from tests.actors.engine_helpers import make_model, reference_greedy, reference_score, save_tokenizer
+from tests.actors.run_helpers import Finished, evaluated, make_workspace, rows, run, start
 
 pytestmark = pytest.mark.e2e
 
@@ -31,7 +32,7 @@ RUNS = {
         *("--lr", "1e-2", "--max_steps", "4", "--gkd_logits_topk", "20", "--loss_temperature", "same"),
         *("--temperature", "0.9", "--offload_teacher"),
     ],
-    "given": [
+    "written": [
         *(
             "--lmbda",
             "0",
@@ -44,9 +45,18 @@ RUNS = {
             "--lr",
             "1e-2",
         ),
-        *("--max_steps", "4"),
+        *("--max_steps", "40", "--seq_kd", "--temperature", "0.01", "--gkd_logits_topk", "30"),
+        *("--teacher_backend", "engine", "--teacher.engine.num_engines", "2"),
+        *("--teacher.engine.max_model_len", "64", "--teacher.engine.kv_cache_memory_bytes", str(32 << 20)),
     ],
 }
+# On-policy distillation as a reward, without any other.
+REWARDED = (
+    *("--torch_dtype", "float32", "--num_cpus", "4", "--step_timeout_s", "120", "--max_model_len", "64"),
+    *("--kv_cache_memory_bytes", str(32 << 20), "--tensor_model_parallel_size", "2", "--lr", "5e-3"),
+    *("--teacher_kl_coef", "1", "--num_generations", "1", "--prompts_per_step", "20", "--max_steps", "40"),
+    *("--max_completion_length", "10", "--eval_temperature", "1"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +69,19 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(workspace: Path, name: str) -> list[str]:
     return [
-        *("gkd", "--model", str(workspace / "model"), "--teacher_model", str(workspace / "teacher")),
+        *("grpo" if name == "rewarded" else "gkd", "--model", str(workspace / "model")),
+        *("--teacher_model", str(workspace / "teacher"), "--output_dir", str(workspace / name)),
         *("--dataset", str(workspace / "train.jsonl"), "--eval_dataset", str(workspace / "eval.jsonl")),
-        *("--output_dir", str(workspace / name), *COMMON, *RUNS[name]),
+        *(REWARDED if name == "rewarded" else (*COMMON, *RUNS[name])),
     ]
 
 
 @pytest.fixture(scope="module")
 def runs(workspace: Path) -> dict[str, Finished]:
-    return {name: run(*words(workspace, name)) for name in RUNS}
+    finished = {name: run(*words(workspace, name)) for name in ("half", "adapters", "rewarded")}
+    written = start(*words(workspace, "written"))
+    written.kill_an_engine(workspace / "written" / "metrics.jsonl")
+    return {**finished, "written": written.finish()}
 
 
 def held_out_divergence(workspace: Path, student: Path, beta: float, adapter: Path | None = None) -> float:
@@ -111,10 +125,9 @@ def test_steps_are_on_policy_as_often_as_asked(runs: dict[str, Finished], worksp
     # Engines are sent weights for these steps only, under the version of the step before.
     versions = {row["step"]: row["weight_versions"] for row in rows(workspace / "half" / "rollouts.jsonl")}
     assert versions == {row["step"]: [row["step"] - 1] * 2 for row in steps if row["on_policy"]}
-    for name, share in (("adapters", 1.0), ("given", 0.0)):
+    for name, share, count in (("adapters", 1.0, 4), ("written", 0.0, 40)):
         found = [row["on_policy"] for row in rows(workspace / name / "metrics.jsonl") if "loss" in row]
-        assert found == [share] * 4
-    assert (workspace / "given" / "rollouts.jsonl").read_text() == ""
+        assert found == [share] * count
 
 
 def test_adapters_learn_from_a_teacher_without_any(runs: dict[str, Finished], workspace: Path) -> None:
@@ -127,14 +140,61 @@ def test_adapters_learn_from_a_teacher_without_any(runs: dict[str, Finished], wo
     assert losses[-1] < losses[0]
 
 
-def test_cross_entropy_is_added_on_completions_of_the_dataset(
+def test_a_teacher_in_engines_writes_completions_and_one_that_is_killed_is_replaced(
     runs: dict[str, Finished], workspace: Path
 ) -> None:
-    assert runs["given"].code == 0
-    for row in rows(workspace / "given" / "metrics.jsonl"):
+    from transformers import AutoModelForCausalLM
+
+    finished, directory = runs["written"], workspace / "written"
+    assert finished.code == 0, finished.err
+    assert finished.left == []
+    events = [row["text"] for row in rows(directory / "events.jsonl") if row["kind"] == "restart"]
+    assert re.match(r"teacher engine \d is lost: .*; starting another", events[0])
+    assert len(events) == 1 or "was started again" in events[1]
+    # Cold enough to be greedy.
+    teacher = AutoModelForCausalLM.from_pretrained(workspace / "teacher", dtype=torch.float32)
+    completions = rows(directory / "rollouts.jsonl")
+    assert len(completions) == 40 * 16
+    for row in completions[::60]:
+        assert row["token_ids"] == reference_greedy(teacher, numbers(row["columns"]["prompt"]), 10)
+    # All of them count as the dataset's would.
+    for row in rows(directory / "metrics.jsonl"):
         if "loss" in row:
             assert row["loss"] == pytest.approx(row["divergence"] + 0.1 * row["cross_entropy"], rel=1e-5)
-    assert np.isfinite(runs["given"].result()["divergence_after"])
+    result = finished.result()
+    assert result["divergence_after"] < result["divergence_before"]
+
+
+def test_a_teacher_as_a_reward_brings_the_student_near(runs: dict[str, Finished], workspace: Path) -> None:
+    finished = runs["rewarded"]
+    assert finished.code == 0, finished.err
+    result = finished.result()
+    assert result["teacher_kl_after"] < 0.5 * result["teacher_kl_before"]
+    # The first number is that of the student on completions of its own, by transformers.
+    assert result["teacher_kl_before"] == pytest.approx(own_reverse_kl(workspace), rel=1e-3)
+    assert (workspace / "rewarded" / "curve.png").is_file()
+
+
+def numbers(text: str) -> list[int]:
+    """Ids of the words of a text."""
+    return [int(word[1:]) for word in text.split()]
+
+
+def own_reverse_kl(workspace: Path) -> float:
+    """log(student / teacher), mean over the tokens of the first evaluation's completions."""
+    from transformers import AutoModelForCausalLM
+
+    models = [
+        AutoModelForCausalLM.from_pretrained(workspace / name, dtype=torch.float32)
+        for name in ("model", "teacher")
+    ]
+    found: list[float] = []
+    for row in evaluated(workspace / "rewarded", 0):
+        before = numbers(row["columns"]["prompt"])
+        tokens = [*before, *row["token_ids"]]
+        ours, theirs = (reference_score(model, tokens)[len(before) - 1 :] for model in models)
+        found += list(ours - theirs)
+    return float(np.mean(found))
 
 
 def test_another_tokenizer_is_refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,7 +205,7 @@ def test_another_tokenizer_is_refused(workspace: Path, capsys: pytest.CaptureFix
     vocabulary = tokens["model"]["vocab"]
     vocabulary["w7"], vocabulary["w8"] = vocabulary["w8"], vocabulary["w7"]
     (other / "tokenizer.json").write_text(json.dumps(tokens))
-    assert main([*words(workspace, "given"), "--teacher_model", str(other)]) == 2
+    assert main([*words(workspace, "half"), "--teacher_model", str(other)]) == 2
     error = capsys.readouterr().err
     assert f"the tokenizer of {other} is not the student's: 2 tokens differ" in error
     assert "'w7', which is number 7 for the student and number 8 for the teacher" in error

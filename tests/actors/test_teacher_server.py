@@ -107,6 +107,14 @@ def test_rows_are_the_models_likeliest_tokens_where_they_are_predicted(server: S
         assert (micro.teacher_ids_TK[end - 1] == -1).all()
 
 
+def test_tokens_that_are_there_have_their_own_log_probability(server: Server) -> None:
+    for each, row in zip(SAMPLES, ask(server).token_logprobs(SAMPLES), strict=True):
+        tokens = each.tokens.tolist()
+        want = logprobs_of(server.model, tokens)[range(len(tokens) - 1), tokens[1:]]
+        np.testing.assert_allclose(row, [0.0, *want], rtol=1e-5)
+    assert [body["prompt_logprobs"] for body in server.asked] == [0] * len(SAMPLES)
+
+
 def test_each_sample_is_asked_of_its_teacher(server: Server) -> None:
     other = Server(make_model("llama", seed=8))
     teachers = TeacherServers({"math": server.url, "code": other.url}, K, timeout_s=20.0, retries=0)
@@ -137,5 +145,7 @@ def test_a_refusal_is_told_at_once(server: Server) -> None:
 
 
 def test_a_server_that_is_not_there_is_a_wrong_option() -> None:
-    with pytest.raises(ConfigError, match=r"gkd\.teacher_model_server: http://127\.0\.0\.1:9 does not say"):
+    with pytest.raises(
+        ConfigError, match=r"teacher\.teacher_model_server: http://127\.0\.0\.1:9 does not say"
+    ):
         TeacherServers({"": "http://127.0.0.1:9"}, K, timeout_s=5.0, retries=0)

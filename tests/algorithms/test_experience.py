@@ -1,22 +1,36 @@
 """What a generation step trains on, with a trainer whose answers can be read off the tokens."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from algorithms.data import Batch, FloatRow, Group, Prompt, Rollout, Scored, StepResult, float_row, int_row
+from algorithms.data import (
+    Batch,
+    FloatRow,
+    Group,
+    Prompt,
+    Rollout,
+    Scored,
+    StepResult,
+    TrainSample,
+    float_row,
+    int_row,
+)
+from algorithms.distillation import distillation_advantages
 from algorithms.experience import gather, optimizer_batches, untrained
-from algorithms.packing import Rows
+from algorithms.packing import Rows, pack
 from algorithms.policy_loss import policy_loss
 from algorithms.roles import Predictions
 from algorithms.rollouts import is_trained_on
-from configs.schema import RunConfig
+from configs.schema import RunConfig, TrainerConfig
 
 
 class Trainer:
-    """Log-probabilities are minus a hundredth of the label, the reference's twice that; entropies the label."""
+    """Log-probabilities are minus a hundredth of the label, the reference's twice that, the teacher's three times;
+    entropies the label."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -39,6 +53,9 @@ class Trainer:
     def reference_logprobs(self, batch: Batch) -> Rows:
         return self._rows("reference", batch, -0.02)
 
+    def teacher_logprobs(self, batch: Batch) -> Rows:
+        return self._rows("teacher", batch, -0.03)
+
     def entropies(self, batch: Batch) -> Rows:
         return self._rows("entropies", batch, 1.0)
 
@@ -48,9 +65,10 @@ class Trainer:
 
 
 def config(**settings: object) -> RunConfig:
+    teacher = {"teacher_model": "t"} if "teacher_kl_coef" in settings else {}
     return RunConfig.model_validate(
         {
-            "model": {"model": "m"},
+            "model": {"model": "m", **teacher},
             "data": {"dataset": "d"},
             "grpo": {"num_generations": 2, "max_completion_length": 4, "scale_rewards": "none", **settings},
             "rewards": [{"function": "r"}],
@@ -112,6 +130,54 @@ def test_credits_of_spans_are_added_to_the_advantages_of_their_tokens() -> None:
     equal = replace(first, rewards=float_row([1.0, 1.0]))
     assert is_trained_on(equal, config().grpo)
     assert not is_trained_on(replace(equal, credits=()), config().grpo)
+
+
+def test_a_teacher_judges_every_token_with_or_without_rewards() -> None:
+    """Teacher minus policy is -0.02 times the token."""
+    trainer, settings = Trainer(), config(teacher_kl_coef=0.5)
+    taught = gather(GROUPS, settings, trainer)
+    assert trainer.asked == ["policy", "teacher"]
+    np.testing.assert_allclose(taught.samples[0].advantages, [0, 0, 0.5 - 0.1, 0.5 - 0.11], rtol=1e-6)
+    np.testing.assert_allclose(taught.samples[2].advantages, [0, 0, -0.5 - 0.3], rtol=1e-6)
+    tokens = [10, 11, 20, 21, 22, 23, 30, 40, 41, 42]
+    assert taught.metrics["teacher_kl"] == pytest.approx(0.02 * np.mean(tokens), rel=1e-6)
+
+    class Elsewhere:
+        def token_logprobs(self, samples: Sequence[TrainSample]) -> list[FloatRow]:
+            return [float_row(np.zeros(sample.tokens.size)) for sample in samples]
+
+    unknown = group([np.nan, np.nan], rollout([10, 11]), rollout([20, 21], "length"))
+    assert is_trained_on(unknown, settings.grpo)
+    (first, second) = gather([unknown], settings, trainer, Elsewhere()).samples
+    np.testing.assert_allclose(first.advantages, [0, 0, 0.05, 0.055], rtol=1e-6)
+    np.testing.assert_allclose(second.advantages, [0, 0, 0.1, 0.105], rtol=1e-6)
+
+
+def test_the_mean_step_towards_a_teacher_is_down_the_reverse_kl() -> None:
+    """Over all tokens, each as often as the policy samples it: torch's gradient of KL(policy, teacher)."""
+    logits = torch.randn(5, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    teacher = torch.log_softmax(torch.randn(5, generator=torch.Generator().manual_seed(2)), 0)
+    policy = torch.log_softmax(logits, 0)
+    (want,) = torch.autograd.grad((policy.exp() * (policy - teacher)).sum(), logits, retain_graph=True)
+    loss, got = policy_loss(config(teacher_kl_coef=1.0).grpo), torch.zeros(5)
+    for token, probability in enumerate(policy.exp().tolist()):
+        ours, theirs = (float_row([0.0, float(row[token])]) for row in (policy.detach(), teacher))
+        sample = TrainSample(
+            tokens=int_row([0, token]),
+            loss_mask=int_row([0, 1]),
+            advantages=float_row([0.0, 0.0]),
+            logprobs=ours,
+            version=0,
+        )
+        judged = replace(sample, advantages=distillation_advantages(sample, ours, theirs, 1.0))
+        (micro,) = pack([judged], TrainerConfig()).ranks[0]
+        predictions = Predictions(
+            logprobs_T=torch.stack([policy[token], torch.zeros(())]), entropy_T=torch.zeros(2)
+        )
+        total, _ = loss(predictions, micro)
+        (gradient,) = torch.autograd.grad(total, logits, retain_graph=True)
+        got += probability * gradient
+    np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_a_masked_truncated_completion_counts_in_the_mean_but_is_not_trained_on() -> None:

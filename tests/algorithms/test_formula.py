@@ -4,8 +4,9 @@ from algorithms.formula import doubts, loss_line
 from configs.schema import RunConfig
 
 
-def config(algorithm: str, settings: object) -> RunConfig:
-    teacher = {"teacher_model": "t"} if algorithm == "gkd" else {}
+def config(algorithm: str, settings: dict[str, object]) -> RunConfig:
+    has_teacher = algorithm == "gkd" or "teacher_kl_coef" in settings
+    teacher = {"teacher_model": "t"} if has_teacher else {}
     return RunConfig.model_validate(
         {
             "algorithm": algorithm,
@@ -45,6 +46,7 @@ def test_the_default_loss_is_spelled_out_with_its_numbers() -> None:
             "w_t 1[0.5 ≤ w_t ≤ 2]",
         ),
         ({"advantage_estimator": "rloo"}, "A = (R - mean of the others)"),
+        ({"teacher_kl_coef": 0.5}, "(std_group + 1e-4) + 0.5 log π_T/π_old"),
     ],
 )
 def test_what_is_set_is_in_the_line(settings: dict[str, object], words: str) -> None:

@@ -31,13 +31,14 @@ from configs.gkd import GKDConfig
 from configs.schema import RunConfig, TrainerConfig
 
 
-def config(**settings: object) -> RunConfig:
+def config(teacher: dict[str, object] | None = None, **settings: object) -> RunConfig:
     return RunConfig.model_validate(
         {
             "algorithm": "gkd",
             "max_steps": 8,
             "eval_steps": 4,
             "model": {"model": "m", "teacher_model": "t"},
+            "teacher": teacher or {},
             "data": {"dataset": "d"},
             "gkd": {"batch_size": 2, "max_completion_length": 3, **settings},
         }
@@ -126,6 +127,7 @@ def run(
     run_config: RunConfig,
     held_out: tuple[TrainSample, ...] = (),
     teacher: TopTeacher | None = None,
+    writer: Everything | None = None,
     **left_out: int,
 ) -> Everything:
     everything = Everything(**left_out)
@@ -135,6 +137,7 @@ def run(
         trainer=Trainer(everything),  # pyright: ignore[reportArgumentType]
         student=gkd.Student(sampler=everything, weights=everything),
         teacher=teacher,
+        writer=writer,
         recorder=everything,
     )
     gkd.train(
@@ -170,6 +173,22 @@ def test_the_draw_depends_on_seed_and_step_only() -> None:
     ]
 
 
+def test_a_teacher_that_writes_completes_the_prompts_of_the_other_steps() -> None:
+    written = config({"teacher_backend": "engine"}, lmbda=0.5, seq_kd=True, gkd_logits_topk=4, sft_alpha=0.5)
+    writer = Everything()
+    everything = run(written, writer=writer)
+    own = [gkd.is_on_policy(written, step) for step in range(1, 9)]
+    assert everything.calls.count("generate") == sum(own) > 0
+    assert writer.calls == ["generate"] * (8 - sum(own))
+    for is_own, batch in zip(own, everything.batches, strict=True):
+        (micro,) = batch.ranks[0]
+        # Cross-entropy is added on what the teacher wrote.
+        assert set(micro.advantages_T[micro.loss_mask_T > 0]) == {0.0 if is_own else 1.0}
+        assert micro.labels_T[micro.loss_mask_T > 0].tolist() == [7, 8] * 2
+    # Steps of both kinds take prompts from one stream, and none twice in an epoch.
+    assert len({*everything.seeds, *writer.seeds}) == 16
+
+
 @pytest.mark.parametrize("left_out", ["abort", "empty"])
 def test_a_completion_that_was_aborted_or_has_no_token_is_left_out(left_out: str) -> None:
     everything = run(config(lmbda=1), **{left_out: 1})
@@ -187,13 +206,13 @@ def test_a_step_that_is_left_with_nothing_is_recorded_and_trains_nothing(left_ou
 
 def test_many_empty_steps_in_a_row_end_the_run() -> None:
     with pytest.raises(
-        BasculeError, match=r"3 on-policy steps in a row, the last one step 3, .* 2 were aborted"
+        BasculeError, match=r"3 sampled steps in a row, the last one step 3, .* 2 were aborted"
     ):
         run(config(lmbda=1, max_empty_steps=3), abort=2)
     # Steps on the dataset's completions between them say nothing about engines.
     own = [step for step in range(1, 9) if gkd.is_on_policy(config(lmbda=0.5), step)]
     assert own[2] > 3
-    with pytest.raises(BasculeError, match=f"3 on-policy steps in a row, the last one step {own[2]}"):
+    with pytest.raises(BasculeError, match=f"3 sampled steps in a row, the last one step {own[2]}"):
         run(config(lmbda=0.5, max_empty_steps=3), abort=2)
 
 
@@ -207,7 +226,7 @@ def test_evaluation_is_the_mean_over_the_tokens_of_batches_of_held_out_completio
 
 
 def test_loss_by_hand() -> None:
-    given = gkd._of_dataset(sample(1, 2, 3))  # pyright: ignore[reportPrivateUsage]
+    given = gkd._given(sample(1, 2, 3))  # pyright: ignore[reportPrivateUsage]
     (micro,) = pack([given], TrainerConfig()).ranks[0]
     predictions = Predictions(
         logprobs_T=torch.tensor([-1.0, -2.0, -50.0]),
@@ -232,7 +251,7 @@ def test_loss_by_hand() -> None:
             {"gkd_logits_topk": 4, "gkd_topk_tail": True, "temperature": 0.9, "loss_temperature": "same"},
             "at temperature 0.9 does not follow from k tokens",
         ),
-        ({"seq_kd": True}, "gkd.seq_kd: there is no teacher engine to write completions with"),
+        ({"seq_kd": True}, r"gkd\.seq_kd: .* needs teacher\.teacher_backend engine"),
     ],
 )
 def test_options_that_contradict_each_other_are_named(settings: dict[str, object], complaint: str) -> None:
@@ -249,12 +268,13 @@ def test_a_teacher_is_needed() -> None:
     ("settings", "complaint"),
     [
         ({"teacher_model_server": "http://h"}, "gkd needs a teacher in one place, there are 2"),
-        ({"teacher_column": "domain"}, "teacher_column: goes with gkd.teacher_model_servers"),
+        ({"teacher_column": "domain"}, "teacher_column: goes with teacher.teacher_model_servers"),
+        ({"teacher_backend": "engine"}, r"gkd\.gkd_logits_topk: .* a teacher's engine is asked for"),
     ],
 )
-def test_teachers_in_two_places_are_refused(settings: dict[str, object], complaint: str) -> None:
+def test_teachers_that_cannot_be_asked_are_refused(settings: dict[str, object], complaint: str) -> None:
     with pytest.raises(ValidationError, match=complaint):
-        config(**settings)
+        config(teacher=settings)
 
 
 def test_a_teacher_elsewhere_is_asked_about_what_is_trained() -> None:

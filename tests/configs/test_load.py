@@ -287,6 +287,24 @@ def test_help_shows_every_option_with_type_text_and_default() -> None:
     assert max(map(len, text.splitlines())) <= 110
 
 
+def test_what_is_in_a_section_of_a_section_is_written_out() -> None:
+    words = [
+        "--model",
+        "m",
+        "--dataset",
+        "d",
+        "--teacher_model",
+        "t",
+        "--gkd_logits_topk",
+        "4",
+        "--num_engines",
+        "2",
+    ]
+    engine = ["--teacher_backend", "engine", "--teacher.engine.num_engines", "3"]
+    config = load_config(None, [*words, *engine], "gkd")
+    assert (config.rollout.num_engines, config.teacher.engine.num_engines) == (2, 3)
+
+
 def test_other_schemas_load_the_same_way() -> None:
     class Export(BaseModel):
         model_config = ConfigDict(extra="forbid")

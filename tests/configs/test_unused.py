@@ -22,8 +22,6 @@ def config(algorithm: str, model: dict[str, Any] | None = None, **sections: Any)
 @pytest.mark.parametrize(
     ("algorithms", "sections", "option", "owner"),
     [
-        (["grpo", "sft"], {"model": {"teacher_model": "t"}}, "model.teacher_model", "gkd"),
-        (["grpo", "sft"], {"model": {"mcore_teacher_model": "t"}}, "model.mcore_teacher_model", "gkd"),
         (["gkd", "sft"], {"model": {"ref_model": "r"}}, "model.ref_model", "grpo"),
         (["gkd", "sft"], {"model": {"mcore_ref_model": "r"}}, "model.mcore_ref_model", "grpo"),
         (
@@ -45,6 +43,69 @@ def test_what_only_another_algorithm_would_use_is_refused(
         ):
             config(algorithm, **sections)
     config(owner, **sections)
+
+
+@pytest.mark.parametrize(
+    ("sections", "option"),
+    [
+        ({"model": {"teacher_model": "t"}}, "model.teacher_model"),
+        ({"model": {"mcore_teacher_model": "t"}}, "model.mcore_teacher_model"),
+        ({"teacher": {"teacher_model_server": "http://h"}}, "teacher.teacher_model_server"),
+        ({"teacher": {"teacher_backend": "engine"}}, "teacher.teacher_backend"),
+    ],
+)
+def test_a_teacher_that_nobody_asks_is_refused(sections: dict[str, Any], option: str) -> None:
+    with pytest.raises(ValidationError, match=f"{option}: is for gkd and grpo; leave it out"):
+        config("sft", **sections)
+    with pytest.raises(ValidationError, match=f"{option}: is not used while grpo.teacher_kl_coef is 0"):
+        config("grpo", **sections)
+
+
+@pytest.mark.parametrize(
+    ("grpo", "sections", "complaint"),
+    [
+        ({}, {}, r"grpo\.teacher_kl_coef needs a teacher in one place, there are 0"),
+        (
+            {"num_generations": 1},
+            {"model": {"teacher_model": "t"}},
+            r"grpo\.num_generations: a reward is compared",
+        ),
+        (
+            {"dynamic_sample": True},
+            {"model": {"teacher_model": "t"}},
+            r"grpo\.dynamic_sample: .*teacher_kl_coef",
+        ),
+        (
+            {"temperature": 0.8},
+            {"model": {"teacher_model": "t"}, "teacher": {"teacher_backend": "engine"}},
+            r"grpo\.temperature: a teacher's engine tells log-probabilities of temperature 1, not 0\.8",
+        ),
+        (
+            {},
+            {"model": {"mcore_teacher_model": "t"}, "teacher": {"teacher_backend": "engine"}},
+            r"model\.mcore_teacher_model: engines read safetensors",
+        ),
+        (
+            {},
+            {"teacher": {"teacher_backend": "engine", "teacher_model_server": "http://h"}},
+            r"teacher\.teacher_backend: a teacher behind a URL",
+        ),
+    ],
+)
+def test_a_teacher_of_grpo_that_cannot_be_asked_is_refused(
+    grpo: dict[str, Any], sections: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        config("grpo", grpo={"teacher_kl_coef": 1.0, **grpo}, **sections)
+
+
+def test_a_teacher_takes_the_place_of_rewards() -> None:
+    settings = {"teacher_kl_coef": 1.0, "num_generations": 1}
+    assert config("grpo", grpo=settings, model={"teacher_model": "t"}, rewards=[]).has_teacher
+    with pytest.raises(
+        ValidationError, match=r"grpo needs at least one reward function, or grpo\.teacher_kl_coef"
+    ):
+        config("grpo", rewards=[])
 
 
 def test_what_contradicts_itself_in_the_section_of_another_algorithm_is_not_looked_at() -> None:
