@@ -292,6 +292,7 @@ def create_engines(
         make,
         start_timeout_s=cluster.start_timeout_s,
         max_recoveries=config.bridge.max_recoveries,
+        heartbeat_timeout_s=rollout.heartbeat_timeout_s,
         event=event,
     )
     # Engines hold back what they have no room for, so that they never wait for a trainer that is ahead.
