@@ -12,6 +12,7 @@ from actors.engine_group import EngineGroup
 from actors.engine_pool import EngineLostError, Member
 from actors.events import Event, unheard
 from actors.placement import Reservation
+from actors.sync_watch import StalledError, SyncWatch
 from actors.trainer import TrainerGroup
 from bridge.relay import ManifestEntry
 from bridge.sync_plan import cut_plan, to_wire
@@ -63,7 +64,7 @@ class WeightBridge:
         trainers.follow(bucket_bytes)
         common = (plan, trainers, self._settings.offload_bridge, self._start_timeout_s, self._collective_s)
         self._home: BridgeHome = (
-            DedicatedBridge(reservation, *common)
+            DedicatedBridge(reservation, self._settings.stall_timeout_s, *common)
             if self._settings.placement == "dedicated"
             else HostedBridge(*common)
         )
@@ -169,11 +170,28 @@ class WeightBridge:
         self, sending: tuple[list[Any], list[str]], members: Sequence[Member], version: int
     ) -> list[Any]:
         refs, owners = sending
+        receiving = self._engines.receive(members, version)
+        phase = f"sync of weight version {version}"
+        return self._watched([*refs, *receiving], owners, members, phase, self._timeout_s)
+
+    def _watched(
+        self,
+        refs: Sequence[Any],
+        owners: Sequence[str],
+        members: Sequence[Member],
+        phase: str,
+        timeout_s: float,
+    ) -> list[Any]:
+        """Results of what bridge, trainers and then engines do. Raises StalledError when they do not get on."""
+        questions = {member.name: member.actor.progress.remote for member in members}
+        watch = SyncWatch(phase, {**self._home.questions(), **questions}, self._settings.stall_timeout_s)
         return deadline.get_all(
-            [*refs, *self._engines.receive(members, version)],
+            refs,
             [*owners, *(member.name for member in members)],
-            timeout_s=self._timeout_s,
-            phase=f"sync of weight version {version}",
+            timeout_s=timeout_s,
+            phase=phase,
+            look=watch.look,
+            look_s=watch.look_s,
         )
 
     def _connect(self, members: Sequence[Member], *, with_trainers: bool = True) -> None:
@@ -189,12 +207,8 @@ class WeightBridge:
         partial = self._settings.skip_unchanged
         joining = self._engines.meet(members, meeting, self._wire, partial, self._adapter)
         refs, owners = self._home.join(meeting, trainer_port if with_trainers else None)
-        deadline.get_all(
-            [*refs, *joining],
-            [*owners, *(member.name for member in members)],
-            timeout_s=self._start_timeout_s,
-            phase="connection of trainers, bridge and engines",
-        )
+        phase = "connection of trainers, bridge and engines"
+        self._watched([*refs, *joining], owners, members, phase, self._start_timeout_s)
         self._trainers_joined = True
         self._joined = tuple(members)
 
@@ -206,6 +220,13 @@ class WeightBridge:
         LOG.warning("weights: %s; sending again", error)
         self._event(None, "restart", f"weights are sent again: {str(error).partition(chr(10))[0]}")
         self._joined, self._trainers_joined, self._must_be_full = (), False, True
+        late = error.late if isinstance(error, StalledError) else ()
+        for member in members:
+            if member.name in late:
+                self._engines.pool.lost(member, error)
+        if late and not {"bridge", *(member.name for member in members)} & {*late}:
+            # Trainers cannot be replaced.
+            raise error
         # Ends whatever still waits in the old groups.
         self._home.start()
         try:

@@ -1,6 +1,6 @@
 """Where the bridge lives: in an actor of its own, or in trainer rank 0. Both are driven in the same way."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import ray
@@ -43,6 +43,10 @@ class BridgeHome(Protocol):
         """Let the bridge send the version that it keeps."""
         ...
 
+    def questions(self) -> Mapping[str, Callable[[], Any]]:
+        """How to ask the bridge how far it is, by its name; none where it cannot answer meanwhile."""
+        ...
+
 
 class _Home:
     """What both have in common."""
@@ -63,27 +67,27 @@ class _Home:
 class DedicatedBridge(_Home):
     """An actor in a bundle of its own."""
 
-    def __init__(self, reservation: Reservation, *common: Any) -> None:
-        """`common` are the arguments of _Home."""
+    def __init__(self, reservation: Reservation, stall_timeout_s: float, *common: Any) -> None:
+        """`common` are the arguments of _Home. A bridge that is up answers within `stall_timeout_s`."""
         super().__init__(*common)
         self._options = reservation.options("bridge", 0)
         self._actor: Any = None
+        self._stall_timeout_s = stall_timeout_s
+        self._is_up = False
         self.start()
 
     def start(self) -> None:
         """Make a bridge, in place of one that is lost."""
         if self._actor is not None:
             ray.kill(self._actor)
-        self._actor = ray.remote(BridgeHost).options(**self._options).remote(self._plan, self._keep)
+        self._is_up = False
+        # Its progress is asked for while it works.
+        kind: Any = ray.remote(concurrency_groups={"watch": 1})  # pyright: ignore[reportCallIssue]
+        self._actor = kind(BridgeHost).options(**self._options).remote(self._plan, self._keep)
 
     def address(self) -> tuple[str, int, int]:
         """The bridge's node and two different ports free on it."""
-        return deadline.get(
-            self._actor.address.remote(),
-            "bridge",
-            timeout_s=self._start_timeout_s,
-            phase="start of the bridge",
-        )
+        return self._get(self._actor.address.remote(), "address of the bridge")
 
     def join(self, engines: Meeting, trainer_port: int | None) -> Started:
         """Let the bridge join the engines' group and, with the trainers, one at this port."""
@@ -103,10 +107,19 @@ class DedicatedBridge(_Home):
         """Let the bridge send the version that it keeps."""
         return [self._actor.replay.remote()], ["bridge"]
 
+    def questions(self) -> Mapping[str, Callable[[], Any]]:
+        """How to ask the bridge how far it is."""
+        return {"bridge": self._actor.progress.options(concurrency_group="watch").remote}
+
     def call(self, method: str) -> Any:
         """Result of a method of the bridge."""
-        ref = getattr(self._actor, method).remote()
-        return deadline.get(ref, "bridge", timeout_s=self._start_timeout_s, phase=f"bridge: {method}")
+        return self._get(getattr(self._actor, method).remote(), f"bridge: {method}")
+
+    def _get(self, ref: Any, phase: str) -> Any:
+        timeout_s = self._stall_timeout_s if self._is_up else self._start_timeout_s
+        answer = deadline.get(ref, "bridge", timeout_s=timeout_s, phase=phase)
+        self._is_up = True
+        return answer
 
 
 class HostedBridge(_Home):
@@ -145,6 +158,10 @@ class HostedBridge(_Home):
     def replay(self) -> Started:
         """Let the bridge send the version that it keeps."""
         return [self._first.sync.remote("call_host", "replay")], [self._owner]
+
+    def questions(self) -> Mapping[str, Callable[[], Any]]:
+        """A trainer rank does one thing at a time: engines tell what they wait for."""
+        return {}
 
     def call(self, method: str) -> Any:
         """Result of a method of the bridge."""

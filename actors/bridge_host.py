@@ -1,5 +1,6 @@
 """The end of both groups: what runs in the bridge actor, or inside trainer rank 0."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -7,6 +8,7 @@ from typing import Literal
 import ray
 import torch
 
+from bridge.progress import BridgeProgress
 from bridge.relay import ManifestEntry, Relay
 from bridge.sync_plan import SyncPlan
 from bridge.sync_protocol import SyncOrder
@@ -56,6 +58,8 @@ class BridgeHost:
         self._engines: Group
         self._ranks: tuple[int, ...]
         self._workers: tuple[str, ...]
+        self._is_joining = False
+        self._awaited: Group | None = None
 
     def address(self) -> tuple[str, int, int]:
         """This node's address and two different ports free on it a moment ago."""
@@ -70,12 +74,26 @@ class BridgeHost:
 
         `local` leads to the trainer rank that hosts this bridge.
         """
+        self._is_joining = True
         with ThreadPoolExecutor(1) as pool:
             joining = None if trainers is None else pool.submit(self._join_trainers, trainers, local)
             self._engines = engines.join(0)
             self._workers = engines.peers[1:]
             if joining is not None:
                 joining.result()
+        self._awaited, self._is_joining = self._trainers, False
+
+    def process_id(self) -> int:
+        """The process in which it runs."""
+        return os.getpid()
+
+    def progress(self) -> BridgeProgress:
+        """What it is doing. May be called while it does."""
+        return BridgeProgress(
+            doing="joins its groups" if self._is_joining else self._relay.doing,
+            awaits="" if self._awaited is None else self._awaited.waits_for,
+            received=self._relay.received,
+        )
 
     def forward(self, order: SyncOrder) -> dict[str, float]:
         """Move one version from trainers to engines; see Relay.forward. After an error both groups are closed."""

@@ -1,7 +1,7 @@
 """Every wait of the driver for an actor goes through here, so that none is without end."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -31,20 +31,33 @@ class ActorLostError(BasculeError):
     """An actor died or could not start. Names the phase and the actor."""
 
 
-def get_all(refs: Sequence[Any], owners: Sequence[str], *, timeout_s: float, phase: str) -> list[Any]:
+def get_all(
+    refs: Sequence[Any],
+    owners: Sequence[str],
+    *,
+    timeout_s: float,
+    phase: str,
+    look: Callable[[Sequence[str]], None] | None = None,
+    look_s: float = 1.0,
+) -> list[Any]:
     """Results of all `refs`, in order. A failure is raised without waiting for the rest to finish.
 
     Raises DeadlineExceededError naming the late owners, ActorLostError naming a dead one, or the
     BasculeError that an actor raised. The death of one actor makes its peers fail, often before Ray knows
-    of the death, so the others get a few seconds to say more after the first failure.
+    of the death, so the others get a few seconds to say more after the first failure. Meanwhile `look` is called
+    every `look_s` seconds with the owners that are awaited; it may raise.
     """
     deadline = time.monotonic() + timeout_s
     pending = dict(zip(refs, owners, strict=True))
     results: dict[Any, Any] = {}
     while pending:
         left = max(0.0, deadline - time.monotonic())
-        ready, _ = ray.wait(list(pending), num_returns=1, timeout=left)
+        ready, _ = ray.wait(list(pending), num_returns=1, timeout=min(left, look_s) if look else left)
+        if look is not None:
+            look(list(pending.values()))
         if not ready:
+            if time.monotonic() < deadline:
+                continue
             late = ", ".join(pending.values())
             raise DeadlineExceededError(f"{phase}: no answer within {timeout_s:.0f} s from {late}")
         try:

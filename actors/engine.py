@@ -13,17 +13,16 @@ from typing import Any, Literal, NoReturn
 
 from actors.engine_completion import joined, piece_params
 from actors.engine_episode import Player, episode
-from actors.engine_processes import EngineProcesses
 from actors.engine_scoring import rows_of, scoring_params, top_tokens
+from actors.engine_watch import LOOK_S, EngineWatch
 from algorithms.data import FloatRow, Group, IntRow, Prompt, Rollout, SamplingSettings, TopTokens
 from algorithms.environments.calling import EnvironmentFailedError
+from bridge.progress import EngineProgress
 from configs.errors import BasculeError, ConfigError
 from configs.schema import RunConfig
 
 LOG = logging.getLogger(__name__)
 
-# How often the processes are looked at.
-_LOOK_S = 1.0
 PauseMode = Literal["keep", "abort"]
 
 
@@ -78,7 +77,10 @@ class Engine:
     last, before that with the base model.
     """
 
-    def __init__(self, name: str, config: RunConfig, arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, name: str, config: RunConfig, arguments: Mapping[str, Any], heartbeat_timeout_s: float
+    ) -> None:
+        """It is lost when its core is silent for `heartbeat_timeout_s`."""
         self._name = name
         self._config = config
         self._arguments = dict(arguments)
@@ -86,7 +88,7 @@ class Engine:
         self._llm: Any = None
         self._version = 0
         self._failed_sync: str | None = None
-        self._processes = EngineProcesses(())
+        self._watch = EngineWatch(heartbeat_timeout_s)
         self._running = asyncio.Event()
         self._cuts = 0
         self._requests = 0
@@ -107,8 +109,7 @@ class Engine:
         try:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._arguments))
             await self._llm.update_weight_version(str(self._version))
-            self._processes = EngineProcesses(await self._llm.collective_rpc("process_id"))
-            self._processes.drop_names_of_shared_memory()
+            await self._watch.begin(self._llm)
             await self._start_adapter()
             # It is asked for once, and no prompt is to wait for it.
             await self._llm.get_supported_tasks()
@@ -123,11 +124,14 @@ class Engine:
     async def watch(self) -> NoReturn:
         """Look after vLLM's processes, also while nothing is asked of them; does not return.
 
-        Raises EngineError naming the process within about a second of its end.
+        Raises EngineError naming the process within about a second of its end, and a core that gives no answer
+        for rollout.heartbeat_timeout_s.
         """
-        while True:
-            self._require_alive()
-            await asyncio.sleep(_LOOK_S)
+        raise self._error(await self._watch.what_is_wrong())
+
+    async def progress(self) -> EngineProgress:
+        """How far the engine is in a weight sync. Answers while weights are received."""
+        return self._watch.progress()
 
     async def generate(
         self, prompt: Prompt, sampling: SamplingSettings, listener: Any = None, environment: Any = None
@@ -215,8 +219,11 @@ class Engine:
         """
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
+        board = self._watch.new_board(self._config.rollout.tensor_parallel_size)
+        request = WeightTransferInitRequest(init_info={**init_info, "progress": board})
         try:
-            await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=dict(init_info)))
+            with self._watch.syncing("join"):
+                await self._llm.init_weight_transfer_engine(request)
         except Exception as error:
             raise EngineError(f"{self._name}: weights cannot be received: {error}") from error
 
@@ -247,11 +254,14 @@ class Engine:
 
         began = time.monotonic()
         try:
-            await self._llm.start_weight_update()
-            await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"version": version}))
-            await self._llm.finish_weight_update(str(version))
-            if self._lora_request is not None:
-                await self._llm.collective_rpc("activate_adapter")
+            with self._watch.syncing("begin of the update"):
+                await self._llm.start_weight_update()
+            with self._watch.syncing("update"):
+                await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"version": version}))
+            with self._watch.syncing("end of the update"):
+                await self._llm.finish_weight_update(str(version))
+                if self._lora_request is not None:
+                    await self._llm.collective_rpc("activate_adapter")
         except Exception as error:
             self._failed_sync = f"the update to weight version {version} failed: {error}"
             raise EngineError(f"{self._name}: {self._failed_sync}") from error
@@ -280,7 +290,7 @@ class Engine:
         return EngineInfo(
             name=self._name,
             pid=os.getpid(),
-            child_pids=self._processes.pids,
+            child_pids=self._watch.processes.pids,
             version=self._version,
             failed_sync=self._failed_sync,
             paused=not self._running.is_set(),
@@ -348,21 +358,21 @@ class Engine:
     async def _unpaused(self, request: _Request | None = None) -> None:
         """Return once the engine is not paused, or the request is aborted. Raises EngineError."""
         while not self._running.is_set() and not (request and request.aborted):
-            self._require_alive()
+            lost = self._watch.lost()
+            if lost is not None:
+                raise self._error(lost)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._running.wait(), _LOOK_S)
+                await asyncio.wait_for(self._running.wait(), LOOK_S)
 
-    def _require_alive(self) -> None:
-        lost = self._processes.lost()
-        if lost is None and self._llm.errored:
-            lost = "vLLM has failed"
-        if lost is not None:
-            raise EngineError(f"{self._name}: {lost}; the cause is in the engine's log")
+    def _error(self, reason: str) -> EngineError:
+        return EngineError(f"{self._name}: {reason}; the cause is in the engine's log")
 
     def _failure(self, what: str, error: Exception) -> BasculeError:
         if isinstance(error, EngineError | EnvironmentFailedError | ConfigError):
             return error
-        return EngineError(f"{self._name}: {what}: vLLM failed: {self._processes.lost() or repr(error)}")
+        return EngineError(
+            f"{self._name}: {what}: vLLM failed: {self._watch.processes.lost() or repr(error)}"
+        )
 
     def _require_good_weights(self, what: str) -> None:
         if self._failed_sync is not None:

@@ -327,13 +327,14 @@ def start_pool(
             "runtime_env": {"env_vars": environment},
         }
         actor: Any = ray.remote(Engine).options(**options)
-        return actor.remote(f"{kind} {index}", config, arguments)
+        return actor.remote(f"{kind} {index}", config, arguments, engine.heartbeat_timeout_s)
 
     return EnginePool(
         [make(index) for index in range(len(bundle_indices))],
         make,
         start_timeout_s=cluster.start_timeout_s,
         max_recoveries=config.bridge.max_recoveries,
+        heartbeat_timeout_s=engine.heartbeat_timeout_s,
         event=event,
         kind=kind,
     )

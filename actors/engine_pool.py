@@ -60,13 +60,18 @@ class EnginePool:
         *,
         start_timeout_s: float = 600.0,
         max_recoveries: int = 0,
+        heartbeat_timeout_s: float = 120.0,
         event: Event = unheard,
         kind: str = "engine",
     ) -> None:
-        """`kind` is what an engine is called before its number."""
+        """`kind` is what an engine is called before its number.
+
+        An actor that answers nothing for `heartbeat_timeout_s` is lost as one that has ended is.
+        """
         self._make = make
         self._start_timeout_s = start_timeout_s
         self._left = max_recoveries
+        self._heartbeat_timeout_s = heartbeat_timeout_s
         self._event = event
         self._lock = threading.Condition()
         self._slots = [
@@ -74,6 +79,7 @@ class EnginePool:
             for index, actor in enumerate(actors)
         ]
         self._watched: dict[Any, Member] = {}
+        self._asked: dict[Member, tuple[Any, float]] = {}
         self._closed = threading.Event()
         self._watching: threading.Thread | None = None
         self.recoveries = 0
@@ -161,6 +167,7 @@ class EnginePool:
             if not refs:
                 self._closed.wait(_LOOK_S)
                 continue
+            self._listen()
             ready, _ = ray.wait(refs, num_returns=1, timeout=_LOOK_S)
             for ref in ready:
                 with self._lock:
@@ -170,6 +177,22 @@ class EnginePool:
                         deadline.get(ref, member.name, timeout_s=_LOOK_S, phase="watch")
                     except BasculeError as error:
                         self.lost(member, error)
+
+    def _listen(self) -> None:
+        """Ask each actor for a sign of life, one question at a time; one that stops running answers none."""
+        now = time.monotonic()
+        members = self.members("up", "new")
+        self._asked = {member: asked for member, asked in self._asked.items() if member in members}
+        for member in members:
+            ref, since = self._asked.get(member, (None, now))
+            if ref is None or ray.wait([ref], timeout=0)[0]:
+                self._asked[member] = member.actor.progress.remote(), now
+            elif now - since > self._heartbeat_timeout_s:
+                seconds = f"{self._heartbeat_timeout_s:.0f} s"
+                error = deadline.DeadlineExceededError(
+                    f"{member.name}: its process has not answered for {seconds}"
+                )
+                self.lost(member, error)
 
     def _replace(self, member: Member) -> None:
         assert self._make is not None

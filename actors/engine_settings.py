@@ -9,6 +9,14 @@ from configs.engines import EngineConfig
 from configs.errors import ConfigError
 from configs.schema import RunConfig
 
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 40),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_ARENA_MAX": "1",
+}
+"""Lets glibc use freed memory again. A weight update takes buckets, layers and packed matrices in turn, and pages
+that come from the system anew cost three times what a copy into them does. Read when a process starts."""
+
 # What vLLM 0.32 makes room for.
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -108,6 +116,7 @@ def engine_environment(model_path: str, device: str, num_cpus: float) -> dict[st
             # By default every engine of a machine is bound to the same first cores.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(max(1, int(num_cpus))),
+            **KEEP_MEMORY,
             # Even with enforce_eager, the first logprobs would compile a helper for 10 to 30 s.
             "TORCHDYNAMO_DISABLE": "1",
         }

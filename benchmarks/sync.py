@@ -18,6 +18,7 @@ during a sync over that before it, trainer and bridge, in buckets.
 
 import argparse
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, cast
 
+from actors.engine_settings import KEEP_MEMORY
 from benchmarks.sync_parts import WAYS, bridge_main, engine_main, trainer_main, write_model
 from bridge.transport.gloo import free_port
 
@@ -46,7 +48,12 @@ def measure(model: str, bucket_mb: float, repetitions: int, folder: Path) -> dic
     mains = (trainer_main, bridge_main, engine_main)
     parts = [context.Process(target=part, args=(job, results), name=part.__name__) for part in mains]
     for part in parts:
+        # As in a run, and only there.
+        kept = KEEP_MEMORY if part.name == engine_main.__name__ else {}
+        os.environ.update(kept)
         part.start()
+        for name in kept:
+            del os.environ[name]
     waiting = {part.sentinel: part for part in parts}
     while waiting:
         for sentinel in wait(list(waiting)):

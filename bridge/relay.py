@@ -5,8 +5,9 @@ the one before.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,10 @@ class Relay:
         self._memory = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
         self._hashes: dict[int, list[torch.Tensor]] = {}
         self._kept: SyncOrder | None = None
+        self.doing = ""
+        """What is on its way to engines, in words; empty while a bucket is waited for, and between syncs."""
+        self.received = 0
+        """Buckets of this version that have come from trainers."""
 
     @property
     def kept_version(self) -> int | None:
@@ -70,7 +75,7 @@ class Relay:
         the engines' group. Raises TransportError naming version, bucket and peer.
         """
         start = time.monotonic()
-        self._kept = None
+        self._kept, self.received = None, 0
         units = self._units if order.full else self._changed_units(trainers, ranks)
         numbers = self._plan.buckets_of(units)
         self._announce(engines, order, units)
@@ -137,12 +142,20 @@ class Relay:
             for info in self._plan.tensors
         ]
 
+    @contextmanager
+    def _told(self, doing: str) -> Generator[None]:
+        self.doing = doing
+        try:
+            yield
+        finally:
+            self.doing = ""
+
     def _announce(self, engines: Group, order: SyncOrder, units: Sequence[str]) -> None:
-        with naming(f"weights of version {order.version}, header"):
+        with naming(f"weights of version {order.version}, header"), self._told("sends the header"):
             engines.broadcast(encode_header(order, self._units, units), 0)
 
     def _broadcast(self, engines: Group, order: SyncOrder, number: int, buffer: torch.Tensor) -> None:
-        with naming(self._where(order, number)):
+        with naming(self._where(order, number)), self._told(f"sends bucket {number}"):
             engines.broadcast(buffer, 0)
 
     def _changed_units(self, trainers: Group, ranks: Sequence[int]) -> tuple[str, ...]:
@@ -179,6 +192,7 @@ class Relay:
         buffer = memory[: bucket.nbytes]
         with naming(self._where(order, number)):
             trainers.recv_each([(buffer[m.start : m.stop], ranks[m.rank]) for m in bucket.messages])
+        self.received += 1
         return buffer
 
     def _note_hashes(
@@ -196,7 +210,8 @@ class Relay:
         """Every worker says what it received; that must be what the trainers sent."""
         for rank, worker in enumerate(workers, 1):
             data = empty_report()
-            with naming(f"weights of version {order.version}, report of {worker}"):
+            where = f"weights of version {order.version}, report of {worker}"
+            with naming(where), self._told(f"waits for the report of {worker}"):
                 engines.recv(data, rank)
             report = decode_report(data)
             if (report.version, report.digest) != (order.version, digest):

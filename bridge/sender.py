@@ -1,6 +1,7 @@
 """A trainer rank's end of a sync: its parameters as messages of bytes and hashes."""
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -47,12 +48,14 @@ class Sender:
 
         Without hashes zeros are in their place.
         """
-        message, buffer = self._messages[number], self._filled(number)
+        message = self._messages[number]
+        buffer = self._buffer[: message.nbytes]
         hashes = buffer[message.hashes_at - message.start :].view(torch.int64)
         if with_hashes:
-            self._delivered[number] = self._hashes(number, buffer)
+            self._delivered[number] = tuple(fingerprint(content) for content in self._filled(number))
             hashes.copy_(torch.tensor([signed(value) for value in self._delivered[number]]))
         else:
+            deque(self._filled(number), maxlen=0)
             hashes.zero_()
         return buffer
 
@@ -63,7 +66,7 @@ class Sender:
         """
         changed: set[str] = set()
         for number, message in self._messages.items():
-            hashes = self._hashes(number, self._filled(number))
+            hashes = [fingerprint(content) for content in self._filled(number)]
             before = self._delivered.get(number)
             changed |= {
                 unit_of(part.info.name)
@@ -72,20 +75,13 @@ class Sender:
             }
         return changed
 
-    def _filled(self, number: int) -> torch.Tensor:
+    def _filled(self, number: int) -> Iterator[torch.Tensor]:
+        """Put part after part into its place; each is given at once, so that it is hashed while caches hold it."""
         message = self._messages[number]
         buffer, parameters = self._buffer[: message.nbytes], LastKept(self._parameters)
         for part, (piece, box) in zip(message.parts, self._cuts[number], strict=True):
             value = piece.get(parameters[piece.parameter])[slices(box)]
             start = part.start - message.start
-            place = buffer[start : start + part.nbytes].view(part.info.dtype)
-            place.view(region_shape(part.region)).copy_(value)
-        return buffer
-
-    def _hashes(self, number: int, buffer: torch.Tensor) -> tuple[int, ...]:
-        message = self._messages[number]
-        starts = [part.start - message.start for part in message.parts]
-        return tuple(
-            fingerprint(buffer[start : start + part.nbytes])
-            for start, part in zip(starts, message.parts, strict=True)
-        )
+            content = buffer[start : start + part.nbytes]
+            content.view(part.info.dtype).view(region_shape(part.region)).copy_(value)
+            yield content

@@ -24,6 +24,8 @@ class EngineConfig(Section):
     """Run without torch.compile and graphs; on CPU compilation costs more than it saves on small models."""
     enable_prefix_caching: bool = True
     """Reuse the key-value cache of common prefixes; it is cleared after every weight sync."""
+    heartbeat_timeout_s: float = Field(default=120.0, gt=0)
+    """An engine that is silent for this long is replaced; it has to be longer than the longest step."""
 
 
 class RolloutConfig(EngineConfig):

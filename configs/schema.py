@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from configs.bridge import BridgeConfig, check_bridge
 from configs.checkpoint import CheckpointConfig, check_resume
 from configs.data import DataConfig, check_data
 from configs.engines import RolloutConfig
@@ -130,29 +131,6 @@ class TrainerConfig(LayoutConfig):
     """Split the optimizer state over the data-parallel ranks."""
     freeze: Names = ()
     """Parameters that are not trained: patterns (`*`, `?`, `[0-9]`) of whole Hugging Face names."""
-
-
-class BridgeConfig(Section):
-    """The way of weights from trainers to engines; see docs/weight-sync.md."""
-
-    bucket_size_mb: float = Field(default=64.0, gt=0)
-    """Tensors travel in buckets of at most this size; a larger tensor is cut."""
-    transport: Literal["gloo", "cupy_nccl"] = "gloo"
-    """From the bridge to engines: through host memory, or from GPU to GPU, which is untested on a GPU."""
-    placement: Literal["dedicated", "trainer"] = "dedicated"
-    """An actor of its own, or inside trainer rank 0, which needs no further device."""
-    offload_bridge: bool = False
-    """Keep the last complete version in the bridge's host memory: a lost engine gets it without the trainers."""
-    pause_mode: Literal["keep", "abort"] = "keep"
-    """What completions in flight do at a sync: go on with the new weights, or start over from what they have."""
-    hash_every: int = Field(default=1, ge=1)
-    """Hash the content of one bucket of this many in each sync, another one each time; 1 proves all of them."""
-    skip_unchanged: bool = False
-    """Send only modules whose content changed; costs the trainers a second pass over their weights."""
-    check_logprobs_every: int = Field(default=0, ge=0)
-    """Every this many syncs compare a prompt's log-probabilities in trainer and engine, and log it; 0 never."""
-    max_recoveries: int = Field(default=3, ge=0)
-    """How often in a run lost engines or a lost bridge are replaced before the run ends with an error."""
 
 
 class ClusterConfig(Section):
@@ -307,10 +285,7 @@ class RunConfig(Section):
             with_adapters=self.tuner.tuner_type == "lora",
         )
         self._check_lora_engines()
-        if self.bridge.hash_every > 1 and (self.bridge.offload_bridge or self.bridge.skip_unchanged):
-            raise ValueError(
-                "bridge.hash_every: must be 1 with offload_bridge or skip_unchanged, which rely on every hash"
-            )
+        check_bridge(self.bridge, self.cluster.collective_timeout_s)
         if trainer.sequence_parallel and trainer.tensor_model_parallel_size == 1:
             raise ValueError(
                 "trainer.sequence_parallel: needs trainer.tensor_model_parallel_size of 2 or more"

@@ -21,6 +21,11 @@ class Group(Protocol):
     has passed. After an error the group is of no use: close it and connect on a new port.
     """
 
+    @property
+    def waits_for(self) -> str:
+        """The peer from which a call receives right now; empty when there is none."""
+        ...
+
     def broadcast(self, t: torch.Tensor, root: int) -> None:
         """Fill `t` on all ranks with the bytes of the root's."""
         ...

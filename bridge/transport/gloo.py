@@ -23,6 +23,12 @@ class GlooGroup:
         self._process_group: dist.ProcessGroupGloo | None = process_group
         self._name = name
         self._peers = tuple(peers)
+        self._waits_for = ""
+
+    @property
+    def waits_for(self) -> str:
+        """The peer from which a call receives right now; empty when there is none."""
+        return self._waits_for
 
     def broadcast(self, t: torch.Tensor, root: int) -> None:
         """Fill `t` on all ranks with the bytes of the root's."""
@@ -43,7 +49,11 @@ class GlooGroup:
     def recv_each(self, parts: Sequence[tuple[torch.Tensor, int]]) -> None:
         """Fill each tensor with bytes from its rank, from all ranks at the same time."""
         what = f"receive from {', '.join(self._peers[src] for _, src in parts)}"
-        self._run(what, [t for t, _ in parts], lambda group: [group.recv([t], src, 0) for t, src in parts])
+
+        def start(group: Any) -> list[Any]:
+            return [group.recv([t], src, 0) for t, src in parts]
+
+        self._run(what, [t for t, _ in parts], start, [self._peers[src] for _, src in parts])
 
     def close(self) -> None:
         """Close the sockets; peers that wait for this rank fail at once. May be called again."""
@@ -54,7 +64,13 @@ class GlooGroup:
     def _rank(self) -> int:
         return self._process_group.rank() if self._process_group is not None else -1
 
-    def _run(self, what: str, tensors: Sequence[torch.Tensor], start: Callable[[Any], list[Any]]) -> None:
+    def _run(
+        self,
+        what: str,
+        tensors: Sequence[torch.Tensor],
+        start: Callable[[Any], list[Any]],
+        sources: Sequence[str] = ("",),
+    ) -> None:
         for t in tensors:
             assert t.dtype == torch.uint8
             assert t.is_contiguous()
@@ -62,7 +78,9 @@ class GlooGroup:
             raise TransportError(f"{what} in {self._name}: the group is closed; connect anew")
         began = time.monotonic()
         try:
-            for work in start(self._process_group):
+            for source, work in zip(sources, start(self._process_group), strict=True):
+                if source:
+                    self._waits_for = source
                 work.wait()
         except RuntimeError as error:
             # Its traceback would keep the process group, and so the sockets, after `close`.
@@ -73,6 +91,8 @@ class GlooGroup:
         finally:
             # And so would this name, through the traceback of the TransportError.
             work = None
+            if sources[0]:
+                self._waits_for = ""
 
 
 def connect(

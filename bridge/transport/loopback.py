@@ -76,6 +76,14 @@ class HostedGroup:
         """`others` joins the trainer ranks from 1 on, with the bridge as rank 0; None when there are none."""
         self._local = local
         self._others = others
+        self._awaits_local = False
+
+    @property
+    def waits_for(self) -> str:
+        """The peer from which a call receives right now; empty when there is none."""
+        if self._awaits_local:
+            return "trainer rank 0"
+        return "" if self._others is None else self._others.waits_for
 
     def send(self, t: torch.Tensor, dst: int) -> None:
         """Send to a trainer rank."""
@@ -89,7 +97,9 @@ class HostedGroup:
         """Receive from several ranks; the one next door is quick."""
         for t, src in parts:
             if src == 0:
+                self._awaits_local = True
                 self._local.recv(t, src)
+        self._awaits_local = False
         remote = [(t, src) for t, src in parts if src]
         if remote:
             assert self._others is not None

@@ -63,7 +63,13 @@ class NcclGroup:
         self._turn = threading.Lock()
         self._closing = False
         self._departed = ""
+        self._waits_for = ""
         _in_thread(lambda: self._watch(stores[1]))
+
+    @property
+    def waits_for(self) -> str:
+        """The peers from which a call receives right now; empty when there are none."""
+        return self._waits_for
 
     def broadcast(self, t: torch.Tensor, root: int) -> None:
         """Fill `t` on all ranks with the bytes of the root's."""
@@ -93,8 +99,11 @@ class NcclGroup:
                 communicator.recv(*_span(buffer), src, self._device.stream)
             self._nccl.groupEnd()
 
-        what = f"receive from {', '.join(self._peers[src] for src in sources)}"
-        self._run(what, [t for t, _ in parts], launch, receives=True)
+        self._waits_for = ", ".join(self._peers[src] for src in sources)
+        try:
+            self._run(f"receive from {self._waits_for}", [t for t, _ in parts], launch, receives=True)
+        finally:
+            self._waits_for = ""
 
     def close(self) -> None:
         """Leave; peers that wait for this rank, and an operation of another thread, fail. May be called again."""

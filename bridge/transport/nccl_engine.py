@@ -25,4 +25,5 @@ class NcclWeightTransferEngine(SyncReceiver):
         with torch.cuda.stream(self._loading):
             buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
             group.broadcast(buffer, 0)
+            self._note.arrived()
         return buffer

@@ -20,6 +20,7 @@ from vllm.platforms import current_platform
 
 from bridge.adapter_config import AdapterConfig, parse_adapter_config
 from bridge.assembler import Assembler
+from bridge.progress import ProgressNote, Stage
 from bridge.sync_plan import SyncPlan, from_wire, unit_of
 from bridge.sync_protocol import WorkerReport, decode_header, empty_header, encode_report
 from bridge.transport.base import Group, TransportError, naming
@@ -55,6 +56,8 @@ class SyncInitInfo(WeightTransferInitInfo):
     """Updates may leave out units that did not change."""
     adapter: dict[str, Any] | None = None
     """Content of a PEFT adapter_config.json: the plan has the tensors of that adapter, not those of the model."""
+    progress: str | None = None
+    """Path of the ProgressBoard on which this engine's workers say how far they are."""
 
 
 @dataclass(kw_only=True)
@@ -88,6 +91,7 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
         self._adapter_tensors: Mapping[str, torch.Tensor] = {}
         self._adapter: LoRAModel | None = None
         self._mixed = False
+        self._note = ProgressNote(None, 0)
 
     @abstractmethod
     def _connect(self, info: SyncInitInfo, rank: int) -> Group:
@@ -106,7 +110,11 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
         self._partial = init_info.partial
         parallel = self.parallel_config
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        self._note.close()
+        self._note = ProgressNote(init_info.progress, parallel.rank)
+        self._note.at(Stage.JOINING)
         self._group = self._connect(init_info, rank)
+        self._note.at(Stage.JOINED)
         if self._config is not None:
             self._check_places(self._config)
 
@@ -169,6 +177,7 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
         if self._group is None:
             raise TransportError(f"{where}: no group; init_weights comes first")
         header = empty_header(len(self._plan.units))
+        self._note.at(Stage.WAITING, version)
         self._group.broadcast(header, 0)
         order, units = decode_header(header, self._plan.units)
         if order.version != version:
@@ -183,7 +192,7 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
         group, plan = self._group, self._plan
         numbers = plan.buckets_of(units)
         receive = (partial(self._receive_bucket, group, plan.buckets[number].nbytes) for number in numbers)
-        for number, buffer in zip(numbers, _ahead(receive), strict=True):
+        for number, buffer in self._noted(version, numbers, _ahead(receive)):
             place = f"{where}, bucket {number} of {len(self._plan.buckets)}"
             with naming(place):
                 whole = list(assembler.add(number, buffer, with_hashes=order.hashes(number)))
@@ -192,6 +201,7 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
                     self._load_units(whole)
                 else:
                     of_adapter.update(pair for weights in whole for pair in weights)
+        self._note.at(Stage.REPORTING, version)
         if assembler.missing:
             raise TransportError(f"{where}: these did not come whole: {', '.join(assembler.missing[:8])}")
         if self._config is None:
@@ -201,6 +211,17 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
                 self._keep_adapter(of_adapter, self._config)
         report = WorkerReport(version=version, tensors=loaded, digest=assembler.digest)
         self._group.send(encode_report(report), 0)
+        self._note.at(Stage.DONE, version)
+
+    def _noted(
+        self, version: int, numbers: Sequence[int], buffers: Iterator[torch.Tensor]
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Each bucket with its number; says what is waited for and what is worked on."""
+        following = [*numbers[1:], numbers[-1]] if numbers else []
+        for number, buffer, after in zip(numbers, buffers, following, strict=True):
+            self._note.at(Stage.LOADING, version, number)
+            yield number, buffer
+            self._note.at(Stage.WAITING, version, after)
 
     def _check_places(self, config: AdapterConfig) -> None:
         """Make the plan's adapter of zeros: what vLLM would refuse it refuses before anything is trained."""
@@ -227,6 +248,7 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
         """A bucket in new memory: until its layer is complete, vLLM keeps views of what it was given."""
         buffer = torch.empty(nbytes, dtype=torch.uint8)
         group.broadcast(buffer, 0)
+        self._note.arrived()
         return buffer
 
     def _check_complete(self, where: str, units: Sequence[str] | None) -> None:

@@ -41,6 +41,9 @@ class Engine:
             await asyncio.sleep(0.05)
         raise BasculeError("its core is gone")
 
+    async def progress(self) -> None:
+        """A sign of life."""
+
     async def generate(self, one: Prompt, sampling: SamplingSettings, *others: object) -> Group:
         if one.id == "p13":
             raise BasculeError("a prompt that no engine takes")
@@ -71,13 +74,19 @@ def made(ray_cluster: str, tmp_path: Path) -> Iterator[Any]:
 
 
 def group_of(
-    make: Any, count: int = 2, recoveries: int = 2, *, gets_weights: bool = True
+    make: Any,
+    count: int = 2,
+    recoveries: int = 2,
+    *,
+    gets_weights: bool = True,
+    heartbeat_timeout_s: float = 60,
 ) -> tuple[EngineGroup, list[int]]:
     pool = EnginePool(
         [make(index) for index in range(count)],
         make,
         start_timeout_s=30,
         max_recoveries=recoveries,
+        heartbeat_timeout_s=heartbeat_timeout_s,
     )
     group = EngineGroup(pool, room=2, timeout_s=30, gets_weights=gets_weights)
     refs = group.start()
@@ -114,6 +123,19 @@ def test_a_death_while_idle_is_noticed_within_seconds_and_another_is_started(mad
     assert given == [new]
     assert len({answer.rollouts[0] for answer in answers}) == 2
     assert pids[1] not in {answer.rollouts[0] for answer in answers}
+    group.close()
+
+
+def test_an_actor_that_stops_running_is_lost_after_a_while(
+    made: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    group, pids = group_of(made, heartbeat_timeout_s=2)
+    os.kill(pids[0], signal.SIGSTOP)
+    requests = [(prompt(index), settings()) for index in range(4)]
+    answers = list(group.generate(requests))
+    assert sorted(answer.prompt.id for answer in answers) == [f"p{index}" for index in range(4)]
+    assert group.pool.recoveries == 1
+    assert "engine 0 is lost: engine 0: its process has not answered for 2 s" in caplog.text
     group.close()
 
 

@@ -4,6 +4,7 @@ Real Megatron ranks (tensor parallel) and real engines in one Ray; transformers 
 """
 
 import os
+import re
 import signal
 import threading
 import time
@@ -27,7 +28,7 @@ from actors.trainer_rank import Sources
 from algorithms.data import Group, SamplingSettings, TrainSample, float_row, int_row
 from algorithms.packing import pack
 from configs.schema import RunConfig, TrainerConfig
-from tests.actors.engine_helpers import make_model, prompt, save_tokenizer, settings
+from tests.actors.engine_helpers import gone, make_model, prompt, save_tokenizer, settings
 
 pytestmark = pytest.mark.e2e
 pytest_plugins = ("tests.actors.engine_fixtures",)
@@ -46,11 +47,12 @@ def config_of(path: Path, **bridge: Any) -> RunConfig:
                 "max_model_len": 96,
                 "max_num_seqs": 8,
                 "kv_cache_memory_bytes": 32 << 20,
+                "heartbeat_timeout_s": 8,
             },
             "grpo": {"num_generations": 2},
             "data": {"dataset": "none.jsonl"},
             "rewards": [{"function": "none.py:none"}],
-            "bridge": {"bucket_size_mb": 0.02, "max_recoveries": 20, **bridge},
+            "bridge": {"bucket_size_mb": 0.02, "max_recoveries": 20, "stall_timeout_s": 6, **bridge},
             # Other tests have engines in the same Ray.
             "cluster": {
                 "cpus_per_engine": 0.05,
@@ -206,6 +208,76 @@ def test_an_engine_killed_in_the_middle_of_a_sync_does_not_stop_it(stack: Stack)
     assert metrics["sync/engines"] >= 1
     list(stack.engines.generate(requests(2)))
     assert len(stack.engines.members) == 2
+    stack.assert_all_follow()
+
+
+def test_an_engine_whose_core_stops_running_is_replaced(
+    stack: Stack, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While idle, and then, in the other engine, while it generates."""
+    idle, busy = stack.pid_of(1, core=True), stack.pid_of(0, core=True)
+    os.kill(idle, signal.SIGSTOP)
+    until(lambda: len(stack.engines.members) == 1, 30)
+    assert f"engine 1: vLLM's core process {idle} has not answered for 8 s" in caplog.text
+    reference = {group.prompt.id: group.rollouts[0] for group in stack.engines.generate(requests(4))}
+    groups: list[Group] = []
+    for group in stack.engines.generate(iter(requests(8))):
+        if not groups:
+            os.kill(busy, signal.SIGSTOP)
+        groups.append(group)
+    until(lambda: all(member.actor for member in stack.engines.pool.members("new", "up")), 30)
+    assert f"engine 0: vLLM's core process {busy} has not answered for 8 s" in caplog.text
+    assert sorted(group.prompt.id for group in groups) == [f"p{index}" for index in range(8)]
+    for group in groups:
+        if group.prompt.id in reference:
+            assert group.rollouts[0].tokens.tolist() == reference[group.prompt.id].tokens.tolist()
+    assert gone(idle)
+    assert gone(busy)
+    list(stack.engines.generate(requests(2)))
+    stack.assert_all_follow()
+
+
+def stop_in_the_next_sync(stack: Stack, pid: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once engines are paused, and before they begin to receive."""
+    receive = stack.engines.receive
+
+    def stop_then_receive(*arguments: Any) -> list[Any]:
+        os.kill(pid, signal.SIGSTOP)
+        monkeypatch.undo()
+        return receive(*arguments)
+
+    monkeypatch.setattr(stack.engines, "receive", stop_then_receive)
+
+
+@pytest.mark.parametrize("who", ["core", "actor"])
+def test_an_engine_that_stops_running_in_a_sync_does_not_stop_it(
+    stack: Stack, who: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack.train()
+    stop_in_the_next_sync(stack, stack.pid_of(1, core=who == "core"), monkeypatch)
+    metrics = stack.sync()
+    assert 6 < metrics["sync/seconds"] < 60
+    late = "worker 0 has not run" if who == "core" else "its process has not answered"
+    words = rf"weight version {stack.version}: nothing has moved for 6 s; late: engine 1 \({late} for [567] s"
+    assert re.search(words, caplog.text)
+    list(stack.engines.generate(requests(2)))
+    assert len(stack.engines.members) == 2
+    stack.assert_all_follow()
+
+
+def test_a_bridge_that_stops_running_is_made_again(
+    stack: Stack, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack.train()
+    # Any: only a bridge with an actor of its own has these.
+    home: Any = stack.weights._home
+    before = home._actor
+    stop_in_the_next_sync(stack, ray.get(before.process_id.remote()), monkeypatch)
+    metrics = stack.sync()
+    assert 6 < metrics["sync/seconds"] < 60
+    assert "late: bridge (its process has not answered for " in caplog.text
+    assert home._actor is not before
+    assert metrics["sync/engines"] == 2
     stack.assert_all_follow()
 
 

@@ -73,6 +73,10 @@ class Counted:
         self._spoil = spoil
         self.broadcasts = 0
 
+    @property
+    def waits_for(self) -> str:
+        return self._group.waits_for
+
     def broadcast(self, t: torch.Tensor, root: int) -> None:
         if self.broadcasts:  # the first is the header
             self._spoil(self.broadcasts - 1, t)

@@ -2,6 +2,8 @@
 
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -156,6 +158,33 @@ def test_a_kept_version_is_sent_again_without_the_trainers() -> None:
     for worker in rig.workers:
         assert worker.weights.keys() == rig.values.keys()
         assert all(torch.equal(worker.weights[one], value) for one, value in expected.items())
+    rig.close()
+
+
+def test_the_relay_says_whom_it_waits_for() -> None:
+    rig = Rig(bucket_bytes=1000)
+    order = SyncOrder(version=1)
+
+    def wait_until(condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    sending = rig.pool.submit(rig.send, 0, order)
+    receiving: list[Any] = [rig.pool.submit(rig.workers[0].receive)]
+    forwarding = rig.pool.submit(
+        rig.relay.forward, rig.trainers[0], rig.engines, order, rig.ranks, ENGINES[1:]
+    )
+    # The second worker takes nothing yet.
+    wait_until(lambda: rig.relay.doing == "sends the header")
+    receiving.append(rig.pool.submit(rig.workers[1].receive))
+    wait_until(lambda: rig.trainers[0].waits_for == "trainer rank 1" and not rig.relay.doing)
+    receiving.append(rig.pool.submit(rig.send, 1, order))
+    for each in (sending, *receiving, forwarding):
+        each.result()
+    assert rig.relay.received == len(rig.sync_plan.buckets)
+    assert (rig.relay.doing, rig.trainers[0].waits_for) == ("", "")
     rig.close()
 
 
