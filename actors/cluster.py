@@ -27,6 +27,10 @@ class Cluster:
 
     local: bool
     """Started by this process: it will not grow, and it ends with the run."""
+    address: str
+    """Where other processes find it."""
+    job: str
+    """What Ray calls the run."""
     logs: Path
     """Where Ray keeps what the actors print, on each node."""
 
@@ -60,7 +64,14 @@ def connect(cluster: ClusterConfig) -> Generator[Cluster]:
         where = f"at {address}" if address else "on this machine"
         raise BasculeError(f"Ray {where} does not answer: {error}") from error
     try:
-        yield Cluster(local=not address, logs=Path(context.address_info["session_dir"]) / "logs")
+        info = context.address_info
+        logs = Path(info["session_dir"]) / "logs"
+        yield Cluster(
+            local=not address,
+            address=info["gcs_address"],
+            job=ray.get_runtime_context().get_job_id(),
+            logs=logs,
+        )
     finally:
         ray.shutdown()
 

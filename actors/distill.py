@@ -1,16 +1,18 @@
 """A run of gkd: its teacher, its data, and its actors."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.console import Console
+from actors.ending import Ending
 from actors.metrics import RunRecorder, warn
 from actors.model_check import check_model
 from actors.model_source import ModelSize, ModelSource, find_model, load_tokenizer, model_size
 from actors.placement import Reservation
+from actors.restart import train_on
 from actors.resume import StateKeeper
 from actors.teacher_server import TeacherServers
 from actors.trainer import TrainerGroup
@@ -163,6 +165,7 @@ def run_gkd(
     recorder: RunRecorder,
     directory: Path,
     console: Console,
+    ending: Ending,
 ) -> None:
     """Train, and save the last checkpoint. Engines are started only where there are on-policy steps."""
     from actors.launch import launch
@@ -173,14 +176,20 @@ def run_gkd(
 
     teacher = find_servers(config)
 
-    def train(trainers: TrainerGroup, student: gkd.Student | None) -> None:
+    def train(
+        trainers: TrainerGroup, student: gkd.Student | None, reconnect: Callable[[], None] = lambda: None
+    ) -> None:
         console.line(f"the actors are up after {time.monotonic() - start:.1f}s")
         roles = gkd.Roles(trainer=trainers, student=student, teacher=teacher, recorder=recorder)
         prompts, samples = _stream(config, lessons.prompts), _stream(config, lessons.samples)
         streams = {"prompts": prompts, "samples": samples}
-        keeper = StateKeeper(config, directory, trainers, recorder, streams, prepared.state)
-        with recorder:
-            gkd.train(config, roles, prompts, samples, lessons.held_out, keeper)
+        keeper = StateKeeper(config, directory, trainers, recorder, streams, prepared.state, ending)
+        with recorder, keeper:
+            train_on(
+                lambda: gkd.train(config, roles, prompts, samples, lessons.held_out, keeper),
+                *(config, trainers, keeper, recorder),
+                reconnect=reconnect,
+            )
 
     sources, device = prepared.sources, prepared.device
     if config.has_engines:
@@ -188,7 +197,8 @@ def run_gkd(
         with launch(
             *(config, sources, device, reservation, directory, console), probe=probe, event=recorder.event
         ) as actors:
-            train(actors.trainers, gkd.Student(sampler=actors.engines, weights=actors.weights))
+            student = gkd.Student(sampler=actors.engines, weights=actors.weights)
+            train(actors.trainers, student, actors.reconnect)
         actors.trainers.save_last()
     else:
         trainers = TrainerGroup(config, reservation, device, sources, directory, recorder.event)

@@ -1,7 +1,8 @@
 """The engines as one sampler, and what a weight update needs from all of them."""
 
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -14,12 +15,14 @@ from actors.dispatch import Room
 from actors.engine import Engine, EngineInfo
 from actors.engine_pool import EnginePool, Member
 from actors.engine_settings import engine_environment
-from actors.engine_work import Request, Running, Work
+from actors.engine_work import Request, Running, Suspicions, Work, given_up
 from actors.env import resolve_device
 from actors.events import Event, unheard
 from algorithms.data import Group, Prompt
 from configs.errors import BasculeError
 from configs.schema import RunConfig
+
+LOG = logging.getLogger(__name__)
 
 # How often a wait for completions looks after lost and new engines.
 _LOOK_S = 1.0
@@ -33,14 +36,20 @@ class EngineGroup:
     Calls of `generate` may overlap, in one thread: whichever is asked for a group takes in those of all.
     """
 
-    def __init__(self, pool: EnginePool, room: int, timeout_s: float, workers: int = 1) -> None:
-        """`room` is how many sequences an engine takes, `workers` of how many processes one consists."""
+    def __init__(
+        self, pool: EnginePool, room: int, timeout_s: float, workers: int = 1, event: Event = unheard
+    ) -> None:
+        """`room` is how many sequences an engine takes, `workers` of how many processes one consists. `event` is
+        told of prompts that end engines."""
+        self._event = event
         self.pool = pool
         self.workers = workers
         self._room = Room(len(pool), room)
         self._timeout_s = timeout_s
         self._give_weights: Callable[[Member], None] = pool.admit
         self._work: list[Work] = []
+        self._suspicions = Suspicions()
+        self._version = 0
         self._listener_of: Callable[[Prompt], Any] = lambda _: None
         self._environment_of: Callable[[Prompt], Any] = lambda _: None
 
@@ -77,13 +86,24 @@ class EngineGroup:
                 self._wait_for_a_group()
             self._settle()
         finally:
-            self._work.remove(work)
-            for ref, running in work.running.items():
-                self._room.give_back(running.member.index, running.request[1].n)
-                # An iterator that an error left behind may be closed only after the run has left Ray; any call
-                # would then start a new Ray.
-                if ray.is_initialized():
-                    ray.cancel(ref, recursive=False)
+            self._give_up(work)
+
+    def give_up(self) -> None:
+        """Forget all that was asked for: nobody will take it."""
+        for work in list(self._work):
+            self._give_up(work)
+
+    def _give_up(self, work: Work) -> None:
+        if work not in self._work:
+            return
+        self._work.remove(work)
+        for ref, running in work.running.items():
+            self._room.give_back(running.member.index, running.request[1].n)
+            # An iterator that an error left behind may be closed only after the run has left Ray; any call would
+            # then start a new Ray.
+            if ray.is_initialized():
+                ray.cancel(ref, recursive=False)
+        work.running.clear()
 
     def welcome_with(self, give_weights: Callable[[Member], None]) -> None:
         """Call this for an engine that was started again; it has to give it weights and admit it to the pool."""
@@ -143,6 +163,7 @@ class EngineGroup:
 
     def receive(self, members: Sequence[Member], version: int) -> list[Any]:
         """Let the engines receive a set of weights. Returns refs at once; they hold seconds."""
+        self._version = version
         return [member.actor.receive.remote(version) for member in members]
 
     def resume(self, members: Sequence[Member] | None = None) -> None:
@@ -208,14 +229,32 @@ class EngineGroup:
         """Give engines what they have room for, the earliest call's requests first."""
         members = {member.index: member for member in self.pool.members("up")}
         for work in self._work:
+            while work.suspects and self._give(
+                work, work.suspects[0], members, self._without_suspects(members)
+            ):
+                work.suspects.popleft()
             while work.waiting:
-                prompt, sampling = work.waiting.first
-                engine = self._room.take(sampling.n, members)
-                if engine is None:
+                if not self._give(work, work.waiting.first, members, members):
                     return
-                others = self._listener_of(prompt), self._environment_of(prompt)
-                ref = members[engine].actor.generate.remote(prompt, sampling, *others)
-                work.running[ref] = Running(member=members[engine], request=work.waiting.pop())
+                work.waiting.pop()
+
+    def _give(
+        self, work: Work, request: Request, members: Mapping[int, Member], able: Collection[int]
+    ) -> bool:
+        """Let one of the engines that are `able` answer it; False while none has room."""
+        prompt, sampling = request
+        engine = self._room.take(sampling.n, able)
+        if engine is None:
+            return False
+        others = self._listener_of(prompt), self._environment_of(prompt)
+        ref = members[engine].actor.generate.remote(prompt, sampling, *others)
+        work.running[ref] = Running(member=members[engine], request=request)
+        return True
+
+    def _without_suspects(self, members: Collection[int]) -> set[int]:
+        """Engines that work on nothing that was with an engine that was lost."""
+        running = [each for work in self._work for each in work.running.values()]
+        return {*members} - {each.member.index for each in running if self._suspicions.holds(each.request)}
 
     def _wait_for_a_group(self) -> None:
         """Return when a group is done, of whatever call, or an engine was lost, or a new one came first.
@@ -231,8 +270,10 @@ class EngineGroup:
                 return
             if self.pool.members("new"):
                 return
+            names = [work.running[ref].owner for ref, work in owners.items()]
+            deadline.tell("generate", names, self._timeout_s - (end - time.monotonic()))
             if time.monotonic() > end:
-                late = ", ".join(work.running[ref].owner for ref, work in owners.items())
+                late = ", ".join(names)
                 raise deadline.DeadlineExceededError(
                     f"generate: no answer within {self._timeout_s:.0f} s from {late}"
                 )
@@ -248,7 +289,21 @@ class EngineGroup:
                 self.pool.lost(member, error)
             elif not self.pool.noticed(member, _NOTICE_S):
                 raise
-            work.waiting.again(running.request)
+            self._put_back(work, running)
+        else:
+            self._suspicions.cleared(running.request)
+
+    def _put_back(self, work: Work, running: Running) -> None:
+        """A request of an engine that was lost: tried once more, or, after a second loss, given up."""
+        if self._suspicions.again(running.request):
+            work.suspects.append(running.request)
+            return
+        self._suspicions.cleared(running.request)
+        prompt = running.request[0]
+        text = f"prompt {prompt.id} is dropped: two engines were lost while they worked on it"
+        LOG.warning("%s", text)
+        self._event(None, "poison", text, prompt=prompt.id, engine=running.member.index)
+        work.done.append(given_up(running.request, self._version))
 
 
 def create_engines(
@@ -296,4 +351,4 @@ def create_engines(
     )
     # Engines hold back what they have no room for, so that they never wait for a trainer that is ahead.
     room = rollout.max_num_seqs * (1 + config.grpo.max_lag)
-    return EngineGroup(pool, room, cluster.step_timeout_s, rollout.tensor_parallel_size)
+    return EngineGroup(pool, room, cluster.step_timeout_s, rollout.tensor_parallel_size, event)

@@ -24,6 +24,11 @@ class Launched:
     engines: EngineGroup
     weights: WeightBridge
 
+    def reconnect(self) -> None:
+        """The trainers are other processes: what engines do is given up, and the bridge joins them anew."""
+        self.engines.give_up()
+        self.weights.trainers_restarted()
+
 
 @contextmanager
 def launch(

@@ -1,6 +1,5 @@
 """A run from its config to its checkpoint: everything is checked before anything is started."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,19 +9,26 @@ from typing import Any
 from actors.adapter_source import find_adapter, read_adapter
 from actors.cluster import connect
 from actors.console import Console
+from actors.deadline import DeadlineExceededError, observed
 from actors.distill import Lessons, describe_lessons, find_teacher, make_lessons, run_gkd
+from actors.draining import watched
+from actors.ending import EndedEarlyError, Ending
 from actors.engine_episode import check_template
 from actors.engine_support import check_adapter_modules
 from actors.env import check_one_source, resolve_device
 from actors.lengths import check_micro_batches, check_prompts
-from actors.metrics import RunRecorder, finite_or_none, headline, plot_curve, warn
+from actors.metrics import RunRecorder, warn
 from actors.model_check import CheckedModel, check_model, check_same_shape
 from actors.model_source import find_model, load_tokenizer, model_size
 from actors.placement import Bundle, Reservation, bundles_of, reserve
-from actors.resume import StateKeeper, look_for_state
+from actors.restart import train_on
+from actors.resume import StateKeeper, look_for_state, rewards_of
 from actors.resume_state import State
-from actors.reward_swap import write_rewards
+from actors.reward_swap import rows_of, sources_of, write_rewards
 from actors.run_directory import make_directory
+from actors.run_lock import RunLock, hold
+from actors.run_result import write_early_end, write_result
+from actors.stacks import describe_bundle, write_bundle
 from actors.token_texts import TokenTexts
 from actors.trainer import TrainerGroup
 from actors.trainer_rank import Sources
@@ -189,6 +195,12 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     started = time.monotonic()
     prepared = prepare(config)
     config = prepared.config
+    with hold(config.output_dir.resolve()) as lock:
+        return _run(prepared, lock, started, console)
+
+
+def _run(prepared: Prepared, lock: RunLock, started: float, console: Console) -> dict[str, Any]:
+    config = prepared.config
     prepared = replace(prepared, state=look_for_state(config, config.output_dir.resolve(), console))
     directory = make_directory(config, prepared.sources, resumes=prepared.state is not None)
     console.line(f"run directory: {directory}")
@@ -199,34 +211,53 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
         token_texts=texts,
         state=prepared.state,
     )
-    with connect(config.cluster) as cluster:
-        train = {"grpo": _run_grpo, "gkd": run_gkd, "sft": _run_sft}[config.algorithm]
-        try:
-            reservation = reserve(
-                prepared.bundles, timeout_s=config.cluster.placement_timeout_s, can_grow=not cluster.local
-            )
-            train(config, prepared, reservation, recorder, directory, console)
-        except BasculeError:
-            console.line(f"what the actors printed is in {cluster.logs}")
-            raise
-        curve = directory / "curve.png"
-        plot_curve(recorder, curve)
+    try:
+        with Ending(config, console, started) as ending:
+            _start_and_train(prepared, recorder, lock, directory, ending, console)
+    except EndedEarlyError as error:
+        write_early_end(directory, recorder, error)
+        raise
     if recorder.swapped:
         console.line("rewards were replaced meanwhile: accuracies may be of different ones, see events.jsonl")
-    result: dict[str, Any] = {
-        "checkpoint": str(directory / "checkpoint"),
-        "curve": str(curve),
-        "seconds_train": round(time.monotonic() - started, 1),
-    }
-    if recorder.evaluations:
-        first, last = recorder.evaluations[0], recorder.evaluations[-1]
-        name = headline(first)
-        measured = {f"{name}_before": first[f"eval/{name}"], f"{name}_after": last[f"eval/{name}"]}
-        if name == "loss":
-            measured["loss_best"] = last["eval/best_loss"]
-        result = finite_or_none(measured | result)
-    (directory / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    return result
+    return write_result(directory, recorder, seconds=time.monotonic() - started)
+
+
+def _start_and_train(
+    prepared: Prepared,
+    recorder: RunRecorder,
+    lock: RunLock,
+    directory: Path,
+    ending: Ending,
+    console: Console,
+) -> None:
+    config = prepared.config
+    train = {"grpo": _run_grpo, "gkd": run_gkd, "sft": _run_sft}[config.algorithm]
+    try:
+        with connect(config.cluster) as cluster:
+            # Ray has put a handler of its own in place of ours.
+            ending.install()
+            lock.tell_address(cluster.address, cluster.job)
+            try:
+                reservation = reserve(
+                    prepared.bundles,
+                    timeout_s=config.cluster.placement_timeout_s,
+                    can_grow=not cluster.local,
+                )
+                with watched(reservation, ending), observed(recorder.status.waiting):
+                    train(config, prepared, reservation, recorder, directory, console, ending)
+            except EndedEarlyError:
+                raise
+            except BasculeError as error:
+                if isinstance(error, DeadlineExceededError):
+                    console.line(describe_bundle(write_bundle(directory, error)))
+                console.line(f"what the actors printed is in {cluster.logs}")
+                raise
+    except KeyboardInterrupt:
+        if ending.reason is None or ending.at_once:
+            raise
+        # Told to end before its first step.
+        step = 0 if prepared.state is None else prepared.state.step
+        raise EndedEarlyError(ending.reason, step, step or None) from None
 
 
 def _run_grpo(
@@ -236,6 +267,7 @@ def _run_grpo(
     recorder: RunRecorder,
     directory: Path,
     console: Console,
+    ending: Ending,
 ) -> None:
     from actors.environment_worker import create_environment
     from actors.launch import launch
@@ -256,18 +288,28 @@ def _run_grpo(
             environment = create_environment(config, reservation)
             actors.engines.play_with(environment.worker_for)
         console.line(f"trainers, engines and bridge are up after {time.monotonic() - start:.1f}s")
+        swappable = SwappableRewards(judge, directory, recorder.event, config.cluster.start_timeout_s)
+        replaced = rewards_of(prepared.state, config)
+        if replaced is not None:
+            swappable.restore(sources_of(replaced))
         roles = Roles(
             trainer=actors.trainers,
             sampler=actors.engines,
-            judge=SwappableRewards(judge, directory, recorder.event, config.cluster.start_timeout_s),
+            judge=swappable,
             weights=actors.weights,
             recorder=recorder,
         )
         prompts = PromptStream(prepared.prompts, seed=config.seed, shuffle=config.data.shuffle)
-        streams = {"prompts": prompts}
-        keeper = StateKeeper(config, directory, actors.trainers, recorder, streams, prepared.state)
-        with recorder:
-            grpo.train(config, roles, prompts, prepared.held_out, keeper)
+        keeper = StateKeeper(
+            *(config, directory, actors.trainers, recorder, {"prompts": prompts}, prepared.state, ending),
+            rewards=lambda: None if swappable.replaced is None else rows_of(swappable.replaced),
+        )
+        with recorder, keeper:
+            train_on(
+                lambda: grpo.train(config, roles, prompts, prepared.held_out, keeper),
+                *(config, actors.trainers, keeper, recorder),
+                reconnect=actors.reconnect,
+            )
     actors.trainers.save_last()
     judge.close()
     if environment is not None:
@@ -281,6 +323,7 @@ def _run_sft(
     recorder: RunRecorder,
     directory: Path,
     console: Console,
+    ending: Ending,
 ) -> None:
     start = time.monotonic()
     sources, event = prepared.sources, recorder.event
@@ -290,9 +333,13 @@ def _run_sft(
     if prepared.samples.truncated or prepared.samples.dropped:
         console.line(f"data: {prepared.samples.describe()}")
     samples = PromptStream(prepared.samples.kept, seed=config.seed, shuffle=config.data.shuffle)
-    keeper = StateKeeper(config, directory, trainers, recorder, {"samples": samples}, prepared.state)
-    with recorder:
-        sft.train(config, trainers, samples, prepared.held_out_samples.kept, recorder, keeper)
+    keeper = StateKeeper(config, directory, trainers, recorder, {"samples": samples}, prepared.state, ending)
+    with recorder, keeper:
+        held_out = prepared.held_out_samples.kept
+        train_on(
+            lambda: sft.train(config, trainers, samples, held_out, recorder, keeper),
+            *(config, trainers, keeper, recorder),
+        )
     trainers.save_last()
 
 

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from configs.checkpoint import CheckpointConfig, check_resume
+from configs.checkpoint import CheckpointConfig
 from configs.data import DataConfig, check_data
 from configs.environment import EnvironmentConfig, check_environment
 from configs.errors import ConfigError
@@ -16,6 +16,7 @@ from configs.record import RecordConfig
 from configs.rewards import RewardConfig, RewardWorkersConfig
 from configs.section import Names, Section
 from configs.sft import SFTConfig
+from configs.sizes import Duration
 from configs.tuner import TunerConfig, check_tuner
 from configs.unused import check_algorithms_own
 
@@ -187,6 +188,12 @@ class ClusterConfig(Section):
     """How long any one phase of a step may take."""
     collective_timeout_s: float = Field(default=300.0, gt=0)
     """How long a rank waits for another in a collective."""
+    grace_s: float | None = Field(default=None, gt=0)
+    """Seconds that a SIGTERM leaves until SIGKILL. By default 30; under `ray job submit` RAY_JOB_STOP_WAIT_TIME_S,
+    which is 3 unless the job's env_vars set it."""
+    max_trainer_restarts: int = Field(default=3, ge=0)
+    """How often in a row the trainer ranks are started again from the newest state after one of them is lost; a
+    step that is done for the first time begins the count anew."""
 
 
 class RunConfig(Section):
@@ -202,6 +209,9 @@ class RunConfig(Section):
     """Seed of data order, sampling and initialisation."""
     max_steps: int = Field(default=100, ge=1)
     """Generation steps (grpo) or optimizer steps (gkd; sft, unless sft.num_train_epochs decides)."""
+    time_limit: Duration | None = None
+    """Wall clock for the whole command, such as 4h, 90m or seconds: before it is over a state is saved and the run
+    ends with exit code 0, to go on when it is started again."""
     eval_steps: int = Field(default=0, ge=0)
     """Evaluate every this many steps, besides before and after; 0 for only those."""
     model: ModelConfig
@@ -267,11 +277,6 @@ class RunConfig(Section):
         every = self.checkpoint.save_steps
         return every > 0 and step % every == 0 and step < self.max_steps
 
-    def keeps_state_at(self, step: int) -> bool:
-        """Whether a state to resume from is due after this step; after the last one there is nothing to do."""
-        every = self.checkpoint.resume_steps
-        return every > 0 and step % every == 0 and step < self.max_steps
-
     def records_tokens_at(self, step: int) -> bool:
         """Whether this step's tokens are written: the first step's, and then every `record.token_steps`."""
         every = self.record.token_steps
@@ -302,11 +307,6 @@ class RunConfig(Section):
         check_environment(self)
         check_data(self.data)
         check_tuner(self.tuner)
-        check_resume(
-            self.checkpoint,
-            max_lag=self.grpo.max_lag if self.algorithm == "grpo" else 0,
-            with_adapters=self.tuner.tuner_type == "lora",
-        )
         self._check_lora_engines()
         if self.bridge.hash_every > 1 and (self.bridge.offload_bridge or self.bridge.skip_unchanged):
             raise ValueError(

@@ -14,6 +14,7 @@ import ray
 from actors import engine_group
 from actors.engine_group import EngineGroup
 from actors.engine_pool import EngineLostError, EnginePool, Member
+from actors.events import Event, unheard
 from algorithms.data import Group, Prompt, SamplingSettings
 from configs.errors import BasculeError
 from tests.actors.engine_helpers import prompt, settings
@@ -39,6 +40,9 @@ class Engine:
         raise BasculeError("its core is gone")
 
     async def generate(self, one: Prompt, sampling: SamplingSettings, *others: object) -> Group:
+        if one.id == "p14":
+            await asyncio.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGKILL)
         if one.id == "p13":
             raise BasculeError("a prompt that no engine takes")
         deadline = time.monotonic() + (1.0 if sampling.max_tokens > 12 else 0.0)
@@ -64,7 +68,7 @@ def made(ray_cluster: str, tmp_path: Path) -> Iterator[Any]:
 
 
 def group_of(
-    make: Any, count: int = 2, recoveries: int = 2, replace: bool = True
+    make: Any, count: int = 2, recoveries: int = 2, event: Event = unheard
 ) -> tuple[EngineGroup, list[int]]:
     pool = EnginePool(
         [make(index) for index in range(count)],
@@ -72,7 +76,7 @@ def group_of(
         start_timeout_s=30,
         max_recoveries=recoveries,
     )
-    group = EngineGroup(pool, room=2, timeout_s=30)
+    group = EngineGroup(pool, room=2, timeout_s=30, event=event)
     refs = group.start()
     group.ready(refs, 30)
     return group, ray.get(refs)
@@ -127,6 +131,23 @@ def test_what_a_lost_engine_was_doing_is_done_by_others(made: Any, tmp_path: Pat
     # Nothing is left over, and all are at work again.
     assert group._room.in_flight == (0, 0)
     assert [member.incarnation for member in group.members] == [1, 0]
+    group.close()
+
+
+def test_a_prompt_that_ends_two_engines_is_dropped_and_no_other(made: Any) -> None:
+    events: list[tuple[str, Any]] = []
+    group, _ = group_of(
+        made, event=lambda step, kind, text, **more: events.append((kind, more.get("prompt")))
+    )
+    # It is with another prompt when it ends the first engine, and alone when it ends the second.
+    requests = [(prompt(index), settings(max_tokens=13, n=1)) for index in (14, 15, 16, 17, 18, 19)]
+    answers = {answer.prompt.id: answer.rollouts for answer in group.generate(iter(requests))}
+    assert answers.keys() == {f"p{index}" for index in range(14, 20)}
+    (dropped,) = answers.pop("p14")
+    assert (dropped.finish, dropped.tokens.size, dropped.versions) == ("abort", 0, (0, 0))
+    assert all(isinstance(rollouts[0], int) for rollouts in answers.values())
+    assert [event for event in events if event[0] == "poison"] == [("poison", "p14")]
+    assert group.pool.recoveries == 2
     group.close()
 
 
