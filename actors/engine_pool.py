@@ -17,6 +17,8 @@ from configs.errors import BasculeError
 LOG = logging.getLogger(__name__)
 
 _LOOK_S = 1.0
+# It looks at least this often whether it is over.
+_CLOSE_S = 10.0
 State = Literal["up", "starting", "new", "failed"]
 
 
@@ -149,7 +151,7 @@ class EnginePool:
         """Stop watching. Call it before leaving Ray, which a late call would start again."""
         self._closed.set()
         if self._watching is not None:
-            self._watching.join()
+            self._watching.join(_CLOSE_S)
 
     def _look(self) -> None:
         while not self._closed.is_set():
