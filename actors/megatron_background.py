@@ -7,6 +7,7 @@ driver what all of them wrote. The plan, the files and their content are Megatro
 
 import pickle
 import queue
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Thread
@@ -84,13 +85,14 @@ class BackgroundSave:
         """`planned` are checkpoints with their folders."""
         self._planned = planned
         self._own, self._path = own, path
-        self._done: bytes | None = None
+        self._done: tuple[bytes, float] | None = None
         self._error: BaseException | None = None
         self._thread = Thread(target=self._write, name="save-state", daemon=True)
         self._thread.start()
 
-    def written(self) -> bytes | None:
-        """What this rank wrote, once it is on disk, for `finish`; None while it writes. Raises WriteError.
+    def written(self) -> tuple[bytes, float] | None:
+        """What this rank wrote, once it is on disk, for `finish`, and the seconds; None while it writes. Raises
+        WriteError.
 
         Pickled, so that the driver can pass it on without importing Megatron.
         """
@@ -108,10 +110,11 @@ class BackgroundSave:
             planned.finish(results, folder)
 
     def _write(self) -> None:
+        start = time.monotonic()
         try:
             results = [planned.write() for planned, _ in self._planned]
             torch.save(self._own, self._path)
-            self._done = pickle.dumps(results)
+            self._done = pickle.dumps(results), time.monotonic() - start
         # Whatever it is, somebody has to hear of it: `written` raises it.
         except BaseException as error:  # noqa: BLE001
             self._error = error

@@ -1,5 +1,6 @@
 """What a run writes while it goes: metrics, completions, their tokens, events, TensorBoard, one line a step."""
 
+import contextlib
 import json
 import math
 import os
@@ -17,6 +18,8 @@ from actors.resume_state import FOLDER, RESULT, State, forget, truncate_files
 from actors.status_file import StatusFile
 from algorithms.data import FloatRow, Scored, TokenRecord
 from algorithms.stored_rollouts import stored_row
+from bridge.partial_directory import naming
+from configs.errors import WriteError
 
 _FILES = ("metrics.jsonl", "rollouts.jsonl", "tokens.jsonl", "events.jsonl")
 _PHASES = ("generate", "train", "sync")
@@ -63,6 +66,9 @@ class RunRecorder:
         row = {"step": step, **metrics}
         self._last = step
         self.rows.append(row)
+        path = self._directory / _FILES[0]
+        if not path.exists():
+            raise WriteError(f"{path} is gone, with what else was in the run directory")
         self._write(row)
         self._console.line(self._line(step, metrics))
         self._console.progress(step, self._max_steps)
@@ -106,6 +112,10 @@ class RunRecorder:
         self._log.write(self._last + 1 if step is None else step, kind, text, **finite_or_none(details))
 
     def _write(self, row: Mapping[str, float]) -> None:
+        with naming(self._directory / _FILES[0]):
+            self._write_metrics(row)
+
+    def _write_metrics(self, row: Mapping[str, float]) -> None:
         self._metrics.write(json.dumps(finite_or_none(row)) + "\n")
         self._metrics.flush()
         for name, value in row.items():
@@ -114,11 +124,12 @@ class RunRecorder:
         self._events.flush()
 
     def _write_rollouts(self, step: int, split: str, scored: Iterable[Scored]) -> None:
-        for each in scored:
-            for number in range(len(each.group.rollouts)):
-                row = stored_row(step, split, each, number)
-                self._rollouts.write(json.dumps(row) + "\n")
-        self._rollouts.flush()
+        with naming(self._directory / _FILES[1]):
+            for each in scored:
+                for number in range(len(each.group.rollouts)):
+                    row = stored_row(step, split, each, number)
+                    self._rollouts.write(json.dumps(row) + "\n")
+            self._rollouts.flush()
 
     def _line(self, step: int, metrics: Mapping[str, float]) -> str:
         width = len(str(self._max_steps))
@@ -214,8 +225,10 @@ class RunRecorder:
             outcome = "interrupted"
         why = f": {type(error).__name__}: {error}".partition("\n")[0] if outcome == "failed" else ""
         text = f"training {outcome} after {seconds:.1f} s{why}"
-        self.event(self._last, "end", text, seconds=round(seconds, 1), outcome=outcome)
-        self._close()
+        # Where nothing can be written any more, why the run failed says more.
+        with contextlib.suppress(*((WriteError, OSError) if error is not None else ())):
+            self.event(self._last, "end", text, seconds=round(seconds, 1), outcome=outcome)
+            self._close()
 
 
 def _short(value: float) -> float | None:

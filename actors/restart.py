@@ -15,6 +15,8 @@ from configs.schema import RunConfig
 # Before the first restart, and twice as long before each that follows without a new step.
 _BACKOFF_S = 1.0
 _LONGEST_BACKOFF_S = 60.0
+# For a state that only waits for its name; one that a lost rank was writing will never come.
+_SETTLE_S = 20.0
 
 
 def train_on(
@@ -56,6 +58,7 @@ def train_on(
                 # It hangs, and what it does is of interest.
                 recorder.line(describe_bundle(write_bundle(keeper.directory, lost)))
             recorder.line(f"warning: {first_line}; the trainer ranks are started again")
+            keeper.settle(_SETTLE_S)
             trainers.restart()
             state = keeper.go_back()
             recorder.go_back(state)

@@ -34,7 +34,6 @@ from actors.trainer import TrainerGroup
 from algorithms.progress import Ahead, Begun, Progress
 from algorithms.prompts import PromptStream
 from bridge.partial_directory import make_partial, partial_of
-from configs.checkpoint import CheckpointConfig
 from configs.errors import ConfigError, WriteError
 from configs.schema import RunConfig
 
@@ -55,6 +54,13 @@ def look_for_state(config: RunConfig, directory: Path, console: Console) -> Stat
     for line in lines:
         console.line(f"changed since: {line}")
     return state
+
+
+def forget_auto(config: RunConfig, directory: Path) -> None:
+    """Remove the states of a run that has finished, unless somebody asked for some."""
+    settings = config.checkpoint
+    if settings.resume_steps == "auto" and not settings.resume_keep_every and not settings.resume_keep_best:
+        forget(directory, lambda steps: set())
 
 
 def rewards_of(state: State | None, config: RunConfig) -> Rewards:
@@ -116,7 +122,6 @@ class StateKeeper:
 
     def go_back(self) -> State | None:
         """The trainers were started anew: put everything into the newest state, or where the run began."""
-        self._settle()
         found = states(self.directory)
         state = read_state(found[-1]) if found else None
         if state is None:
@@ -150,16 +155,13 @@ class StateKeeper:
         is_whole = self._trainers.changes == self._changes and not self._config.grpo.max_lag
         if broken_off and is_whole and self.done > max(self.start.step, self._newest()):
             self._save(tuple)
-        self._settle()
+        self.settle()
         if broken_off:
             self._end()
-        if error is None and self._config.checkpoint.resume_steps == "auto":
-            # Nobody asked for them, and there is nothing to go on with.
-            self._forget(self._config.checkpoint.model_copy(update={"resume_keep": 0}))
 
     def _end(self) -> None:
         self._ending.loop_ends()
-        self._settle()
+        self.settle()
         assert self._ending.reason is not None, "it is why the run ends"
         newest = self._newest()
         raise EndedEarlyError(self._ending.reason, self.done, newest if newest >= 0 else None)
@@ -188,7 +190,7 @@ class StateKeeper:
 
     def _save(self, settle: Callable[[], Sequence[Begun]]) -> None:
         """Copy the state and begin to write it; returns when steps may go on."""
-        self._settle()
+        self.settle()
         start, manifest = time.monotonic(), self._manifest
         final = self.directory / FOLDER / name_of(manifest.progress.step)
         with self._ending.shielded():
@@ -207,22 +209,19 @@ class StateKeeper:
             self._trainers, final, replace(manifest, files=self._recorder.sizes()), blocked, self._written
         )
 
-    def _written(self, step: int, seconds: float) -> None:
+    def _written(self, seconds: float) -> None:
         self._schedule.ended(seconds)
         self._ending.saved(seconds)
-        self._forget(self._config.checkpoint)
-
-    def _forget(self, settings: CheckpointConfig) -> None:
         scores = self._trainers.links.scores
-        forget(self.directory, lambda steps: to_keep(steps, settings, scores))
+        forget(self.directory, lambda steps: to_keep(steps, self._config.checkpoint, scores))
 
-    def _settle(self) -> None:
-        """Wait for what is being written, if something is."""
+    def settle(self, timeout_s: float | None = None) -> None:
+        """Wait for what is being written, if something is; as long as for a phase of a step, by default."""
         writing, self._writing = self._writing, None
         if writing is None:
             return
         with self._ending.shielded():
-            error = writing.wait(self._config.cluster.step_timeout_s)
+            error = writing.wait(timeout_s or self._config.cluster.step_timeout_s)
         if error is not None:
             self._report(writing.step, error)
 

@@ -24,12 +24,12 @@ class StateWriting:
         final: Path,
         manifest: Manifest,
         blocked_s: float,
-        then: Callable[[int, float], None],
+        then: Callable[[float], None],
     ) -> None:
-        """The ranks are writing already. `then` is called with step and seconds of the whole save."""
+        """The ranks are writing already. `then` is called with the seconds of the whole save."""
         self.step = manifest.progress.step
         self._trainers, self._final, self._manifest = trainers, final, manifest
-        self._started, self._then = time.monotonic() - blocked_s, then
+        self._blocked_s, self._then = blocked_s, then
         self._over = threading.Event()
         self._error: BasculeError | None = None
         self._thread = threading.Thread(target=self._run, name="write-state", daemon=True)
@@ -51,16 +51,22 @@ class StateWriting:
     def _run(self) -> None:
         partial = partial_of(self._final)
         try:
-            written = self._trainers.written_state()
-            while written is None:
+            found = self._trainers.written_state()
+            while found is None:
                 if self._over.wait(_LOOK_S):
                     return
-                written = self._trainers.written_state()
+                found = self._trainers.written_state()
+            written, writing_s = found
+            start = time.monotonic()
             self._trainers.finish_state(partial, self.step, written)
             write_manifest(partial, self._manifest)
             put_in_place(self._final)
-            self._then(self.step, time.monotonic() - self._started)
+            # Not since the beginning: ranks that train answer late.
+            self._then(self._blocked_s + writing_s + time.monotonic() - start)
         except (BasculeError, OSError) as error:
+            if self._over.is_set():
+                # Somebody else may write there by now.
+                return
             # It is of no use, and what it takes may be what the disk lacks.
             shutil.rmtree(partial, ignore_errors=True)
             self._error = (

@@ -22,7 +22,7 @@ from actors.model_check import CheckedModel, check_model, check_same_shape
 from actors.model_source import find_model, load_tokenizer, model_size
 from actors.placement import Bundle, Reservation, bundles_of, reserve
 from actors.restart import train_on
-from actors.resume import StateKeeper, look_for_state, rewards_of
+from actors.resume import StateKeeper, forget_auto, look_for_state, rewards_of
 from actors.resume_state import State
 from actors.reward_swap import rows_of, sources_of, write_rewards
 from actors.run_directory import make_directory
@@ -219,7 +219,9 @@ def _run(prepared: Prepared, lock: RunLock, started: float, console: Console) ->
         raise
     if recorder.swapped:
         console.line("rewards were replaced meanwhile: accuracies may be of different ones, see events.jsonl")
-    return write_result(directory, recorder, seconds=time.monotonic() - started)
+    result = write_result(directory, recorder, seconds=time.monotonic() - started)
+    forget_auto(config, directory)
+    return result
 
 
 def _start_and_train(

@@ -1,5 +1,6 @@
 """status.json: how far a run is and what it waits for, for `bascule status`."""
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -65,8 +66,10 @@ class StatusFile:
     def _write(self, status: Status) -> None:
         self._status = status
         partial = self._path.with_name(f"{STATUS}.partial")
-        partial.write_text(json.dumps(asdict(status)) + "\n")
-        partial.replace(self._path)
+        # A run that can write nothing else says so itself.
+        with contextlib.suppress(OSError):
+            partial.write_text(json.dumps(asdict(status)) + "\n")
+            partial.replace(self._path)
 
 
 def read_status(directory: Path) -> Status | None:

@@ -163,12 +163,15 @@ class TrainerGroup:
         refs = [rank.begin_state.remote(directory, step) for rank in self.ranks]
         self._all(refs, f"copy for {directory}")
 
-    def written_state(self) -> list[Any] | None:
-        """What the ranks wrote, for finish_state; None while one is at it. Raises WriteError."""
-        written = self._all([rank.written_state.remote() for rank in self.ranks], "write of a state")
-        return None if any(each is None for each in written) else written
+    def written_state(self) -> tuple[list[bytes], float] | None:
+        """What the ranks wrote, for finish_state, and the longest seconds; None while one is at it. Raises
+        WriteError."""
+        found = self._all([rank.written_state.remote() for rank in self.ranks], "write of a state")
+        if any(each is None for each in found):
+            return None
+        return [written for written, _ in found], max(seconds for _, seconds in found)
 
-    def finish_state(self, directory: Path, step: int, written: Sequence[Any]) -> None:
+    def finish_state(self, directory: Path, step: int, written: Sequence[bytes]) -> None:
         """Make a whole of what the ranks wrote."""
         self._all([self.ranks[0].finish_state.remote(directory, step, written)], f"end of {directory}")
 

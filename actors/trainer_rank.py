@@ -230,8 +230,8 @@ class TrainerRank:
             moved_reference=self._moved_reference,
         )
 
-    def written_state(self) -> bytes | None:
-        """What the thread has written, None while it is at it. Raises WriteError."""
+    def written_state(self) -> tuple[bytes, float] | None:
+        """What the thread has written, and the seconds, None while it is at it. Raises WriteError."""
         return self._saving.written()
 
     def finish_state(self, directory: Path, step: int, written: Sequence[bytes]) -> None:

@@ -83,7 +83,8 @@ def test_the_list_of_exceptions_has_none_that_is_gone() -> None:
 
 def test_the_search_finds_what_it_should() -> None:
     text = "ray.get(x)\nray.get(x, timeout=1)\nray.wait([x])\nray.wait([x], timeout=1)\nthread.join()\n"
-    text += "thread.join(5)\nqueue.get()\nfuture.result()\nfuture.result(timeout=3)\n', '.join(names)\nfields.get('name')\n"
+    text += "thread.join(5)\nqueue.get()\nfuture.result()\nfuture.result(timeout=3)\n"
+    text += "', '.join(names)\nfields.get('name')\n"
     assert [node.lineno for node in waits(ast.parse(text))] == [1, 2, 3, 5, 7, 8]
     # The helper has a timeout in every one of its own.
     helper = tree_of(ROOT / HOME)

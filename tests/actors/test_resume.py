@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from actors.status import describe_run
 from tests.actors.run_helpers import Finished, Running, make_workspace, rows, run, start
 
 pytestmark = pytest.mark.e2e
@@ -66,7 +67,7 @@ def start_until(directory: Path, step: int, words: tuple[str, ...]) -> Running:
 def test_sft_with_adapters_is_the_same_run_whatever_happens_to_it(workspace: Path) -> None:
     """SIGKILL, SIGTERM, Ctrl-C, a time limit and a lost rank, one after the other, change no number of it."""
     words = (
-        *("sft", "--config", str(workspace / "sft.yaml"), "--max_steps", "60", "--sft.batch_size", "6"),
+        *("sft", "--config", str(workspace / "sft.yaml"), "--max_steps", "90", "--sft.batch_size", "6"),
         *("--lr_decay_style", "cosine", "--resume_steps", "2", "--eval_steps", "20", "--save_steps", "20"),
         *("--eval_dataset", str(workspace / "sft.jsonl"), "--tuner_type", "lora", "--lora_dropout", "0.1"),
     )
@@ -79,6 +80,10 @@ def test_sft_with_adapters_is_the_same_run_whatever_happens_to_it(workspace: Pat
     other = run(*words, "--output_dir", str(cut))
     assert other.code == 2
     assert f"is in use by process {running.process.pid} on" in other.err
+    status = run("status", str(cut))
+    assert status.code == 0, status.err
+    assert f"{cut}: running, process {running.process.pid} on" in status.out
+    assert status.out.count("process: TrainerRank pid") == 2
     running.process.send_signal(signal.SIGTERM)
     ended = running.finish()
     assert (ended.code, ended.left) == (128 + signal.SIGTERM, [])
@@ -88,6 +93,7 @@ def test_sft_with_adapters_is_the_same_run_whatever_happens_to_it(workspace: Pat
     assert result["finished"] is False
     assert result["state"] == str(cut / "resume" / f"step-{result['step']}")
     assert rows(cut / "metrics.jsonl")[-1]["step"] == result["step"] >= 8
+    assert next(describe_run(cut, live=True, stacks=False)) == f"{cut}: interrupted, {ended.err.strip()}"
 
     running = start_until(cut, result["step"] + 4, words)
     running.process.send_signal(signal.SIGINT)
