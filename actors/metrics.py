@@ -226,8 +226,10 @@ class RunRecorder:
         why = f": {type(error).__name__}: {error}".partition("\n")[0] if outcome == "failed" else ""
         text = f"training {outcome} after {seconds:.1f} s{why}"
         # Where nothing can be written any more, why the run failed says more.
-        with contextlib.suppress(*((WriteError, OSError) if error is not None else ())):
+        hidden = (WriteError, OSError) if error is not None else ()
+        with contextlib.suppress(*hidden):
             self.event(self._last, "end", text, seconds=round(seconds, 1), outcome=outcome)
+        with contextlib.suppress(*hidden):
             self._close()
 
 
