@@ -226,7 +226,9 @@ class StateKeeper:
             self._report(writing.step, error)
 
     def _report(self, step: int, error: Exception) -> None:
-        text = f"the state of step {step} could not be saved, older ones are as they were: {error}"
+        # What Ray says of a rank's error goes on for a page.
+        why = str(error).partition("\n")[0]
+        text = f"the state of step {step} could not be saved, older ones are as they were: {why}"
         self._recorder.line(f"warning: {text}")
         self._recorder.event(step, "save", text)
 

@@ -53,6 +53,12 @@ class Actor:
     pid: int
 
 
+def own_actors(kind: str) -> list[Actor]:
+    """The actors of this driver of one kind that live, as far as Ray knows: one that is stopped does."""
+    found = actors_of(ray.get_runtime_context().get_job_id())
+    return [actor for actor in found if actor.kind == kind and actor.state == "ALIVE"]
+
+
 def actors_of(job: str) -> list[Actor]:
     """The actors of a Ray job, the earliest first."""
     table: Mapping[str, Mapping[str, Any]] = actor_table()
@@ -88,25 +94,20 @@ def look_at(actors: Sequence[Actor], timeout_s: float = _NODE_S) -> dict[str, li
     return found
 
 
-def end_processes(kind: str) -> None:
-    """Send SIGKILL to what is left of this driver's actors of a kind that Ray says are dead, on their nodes."""
+def end_processes(actors: Sequence[Actor]) -> None:
+    """Send SIGKILL to what is left of actors that Ray has been told to kill, on their nodes."""
     task: Any = ray.remote(_kill)
-    by_node: dict[str, list[int]] = {}
-    for actor in actors_of(ray.get_runtime_context().get_job_id()):
-        if actor.kind == kind:
-            by_node.setdefault(actor.node, []).append(actor.pid)
-    for node, pids in by_node.items():
+    for node in dict.fromkeys(actor.node for actor in actors):
+        here = [(actor.pid, f"ray::{actor.kind}") for actor in actors if actor.node == node]
         affinity = NodeAffinitySchedulingStrategy(node, soft=False)
-        ref = task.options(num_cpus=0, scheduling_strategy=affinity, max_retries=0).remote(
-            pids, f"ray::{kind}"
-        )
+        ref = task.options(num_cpus=0, scheduling_strategy=affinity, max_retries=0).remote(here)
         # A node that is gone has no processes.
         with contextlib.suppress(BasculeError):
             deadline.get(ref, f"node {node[:8]}", timeout_s=_NODE_S, phase="end of processes")
 
 
-def _kill(pids: Sequence[int], title: str) -> None:
-    for pid in pids:
+def _kill(processes: Sequence[tuple[int, str]]) -> None:
+    for pid, title in processes:
         with contextlib.suppress(OSError):
             # Its number may be another one's by now.
             if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(title.encode()):

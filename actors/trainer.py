@@ -12,7 +12,7 @@ from actors.checkpoint_links import CheckpointLinks
 from actors.events import Event, unheard
 from actors.placement import Reservation
 from actors.ranks import start_ranks
-from actors.stacks import end_processes
+from actors.stacks import end_processes, own_actors
 from actors.trainer_rank import Sources, Started, TrainerRank
 from algorithms.data import Batch, FloatRow, StepResult, TrainSample, float_row, int_row
 from algorithms.packing import pack
@@ -63,10 +63,11 @@ class TrainerGroup:
 
     def restart(self) -> None:
         """End what is left of the ranks, and start all of them with the weights that the run began with."""
+        living = own_actors(TrainerRank.__name__)
         for rank in self.ranks:
             ray.kill(rank)
         # Ray forgets a process that is stopped, which would wake up as a rank of a group that is no more.
-        end_processes("TrainerRank")
+        end_processes(living)
         self._start()
 
     def find_lost(self) -> BasculeError | None:
