@@ -55,19 +55,23 @@ def start_until(directory: Path, step: int, words: tuple[str, ...]) -> Running:
     """Start a run and wait until it has recorded this step."""
     running = start(*words, "--output_dir", str(directory))
     end = time.monotonic() + 300
-    metrics = directory / "metrics.jsonl"
-    while time.monotonic() < end and f'"step": {step}, "loss"' not in (
-        metrics.read_text() if metrics.is_file() else ""
-    ):
+    while time.monotonic() < end and step not in steps_of(directory / "metrics.jsonl"):
         assert running.process.poll() is None, running.finish()
         time.sleep(0.01)
     return running
 
 
+def steps_of(metrics: Path) -> list[int]:
+    """Steps that were trained, of the lines that are complete."""
+    text = metrics.read_text() if metrics.is_file() else ""
+    found = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+    return [row["step"] for row in found if "loss" in row]
+
+
 def test_sft_with_adapters_is_the_same_run_whatever_happens_to_it(workspace: Path) -> None:
     """SIGKILL, SIGTERM, Ctrl-C, a time limit and a lost rank, one after the other, change no number of it."""
     words = (
-        *("sft", "--config", str(workspace / "sft.yaml"), "--max_steps", "90", "--sft.batch_size", "6"),
+        *("sft", "--config", str(workspace / "sft.yaml"), "--max_steps", "50", "--sft.batch_size", "6"),
         *("--lr_decay_style", "cosine", "--resume_steps", "2", "--eval_steps", "20", "--save_steps", "20"),
         *("--eval_dataset", str(workspace / "sft.jsonl"), "--tuner_type", "lora", "--lora_dropout", "0.1"),
     )
@@ -77,6 +81,8 @@ def test_sft_with_adapters_is_the_same_run_whatever_happens_to_it(workspace: Pat
     assert sorted(path.name for path in (cut / "resume").glob("step-?")) == ["step-2", "step-4"]
 
     running = start_until(cut, 8, words)
+    # It has more time than steps.
+    running.process.send_signal(signal.SIGSTOP)
     other = run(*words, "--output_dir", str(cut))
     assert other.code == 2
     assert f"is in use by process {running.process.pid} on" in other.err
@@ -85,6 +91,7 @@ def test_sft_with_adapters_is_the_same_run_whatever_happens_to_it(workspace: Pat
     assert f"{cut}: running, process {running.process.pid} on" in status.out
     assert status.out.count("process: TrainerRank pid") == 2
     running.process.send_signal(signal.SIGTERM)
+    running.process.send_signal(signal.SIGCONT)
     ended = running.finish()
     assert (ended.code, ended.left) == (128 + signal.SIGTERM, [])
     assert "SIGTERM: ended after step" in ended.err
@@ -121,7 +128,7 @@ def test_sft_with_adapters_is_the_same_run_whatever_happens_to_it(workspace: Pat
     assert "holds a run already, which has finished" in again.err
 
 
-def test_grpo_goes_on_bitwise_after_it_was_killed_and_a_rank_was_lost(workspace: Path) -> None:
+def test_grpo_goes_on_bitwise_after_an_interrupt_and_a_lost_rank(workspace: Path) -> None:
     words = (
         *("grpo", "--config", str(workspace / "grpo.yaml"), "--max_steps", "6", "--resume_steps", "1"),
         *("--eval_steps", "2", "--beta", "0.1", "--sync_ref_model", "true", "--ref_model_sync_steps", "2"),
@@ -130,7 +137,12 @@ def test_grpo_goes_on_bitwise_after_it_was_killed_and_a_rank_was_lost(workspace:
     whole, cut = workspace / "grpo-whole", workspace / "grpo-cut"
     finished = run(*words, "--output_dir", str(whole))
     assert finished.code == 0, finished.err
-    assert run_until(cut, 2, words).code == -signal.SIGKILL
+    running = start_until(cut, 2, words)
+    running.process.send_signal(signal.SIGINT)
+    interrupted = running.finish(timeout=120)
+    assert (interrupted.code, interrupted.left) == (130, [])
+    end = rows(cut / "events.jsonl")[-1]
+    assert (end["kind"], end["outcome"]) == ("end", "interrupted")
     running = start(*words, "--output_dir", str(cut))
     while not (cut / "resume" / "step-4").exists():
         assert running.process.poll() is None, running.finish()
