@@ -126,6 +126,12 @@ class TrainerConfig(LayoutConfig):
     """Largest norm of the gradient over all ranks; 0 turns clipping off."""
     use_distributed_optimizer: bool = True
     """Split the optimizer state over the data-parallel ranks."""
+    moe_aux_loss_coeff: float = Field(default=0.0, ge=0)
+    """Weight of each layer's load-balancing loss for experts, E sum f P (docs/algorithms.md). The shares are of a
+    whole optimizer step, so that the gradient does not depend on micro-batches, which takes one more forward pass;
+    Megatron's kinds of this loss do depend on them. At 0, the default, the load is only logged."""
+    moe_z_loss_coeff: float = Field(default=0.0, ge=0)
+    """Weight of each layer's z-loss, which keeps routers' logits small; takes the same forward pass."""
     freeze: Names = ()
     """Parameters that are not trained: patterns (`*`, `?`, `[0-9]`) of whole Hugging Face names."""
 

@@ -148,6 +148,9 @@ def test_a_layout_that_does_not_divide_names_what(
 ) -> None:
     message = fails(workspace, capsys, "--trainer.tensor_model_parallel_size", "3")
     assert "does not divide the model's 4 attention heads" in message
+    message = fails(workspace, capsys, "--moe_aux_loss_coeff", "0.01")
+    assert "trainer.moe_aux_loss_coeff" in message
+    assert "has no experts" in message
     message = fails(workspace, capsys, "--trainer.pipeline_model_parallel_size", "3")
     assert "does not divide the model's 2 layers" in message
 
