@@ -34,7 +34,10 @@ class TrainerGroup:
         self.links = CheckpointLinks(directory, event)
         self.size = config.trainer.world_size
         self._names = [f"trainer rank {rank}" for rank in range(self.size)]
-        self.ranks = start_ranks(TrainerRank, reservation, "trainer", self.size, (config, device))
+        self.ranks = start_ranks(
+            *(TrainerRank, reservation, "trainer", self.size, (config, device)),
+            deterministic=config.trainer.deterministic_mode,
+        )
         timeout_s = config.cluster.start_timeout_s
         address = deadline.get(
             self.ranks[0].address.remote(), self._names[0], timeout_s=timeout_s, phase="start of the trainer"

@@ -132,6 +132,9 @@ class TrainerConfig(LayoutConfig):
     Megatron's kinds of this loss do depend on them. At 0, the default, the load is only logged."""
     moe_z_loss_coeff: float = Field(default=0.0, ge=0)
     """Weight of each layer's z-loss, which keeps routers' logits small; takes the same forward pass."""
+    deterministic_mode: bool = False
+    """Only kernels that give the same bits each time (Megatron's name). Slower on a GPU, where it is untested, and
+    an error where torch has none; on a CPU the trainer is deterministic anyway. Engines are not covered."""
     freeze: Names = ()
     """Parameters that are not trained: patterns (`*`, `?`, `[0-9]`) of whole Hugging Face names."""
 

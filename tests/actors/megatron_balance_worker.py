@@ -146,6 +146,30 @@ def measure(layout: str, family: str, aux: float, z: float) -> dict[str, Any]:
     return errors
 
 
+def run_twice(layout: str) -> dict[str, Any]:
+    """Whether the same two steps give the same bits in deterministic mode."""
+    config = CONFIGS["qwen3_moe"]
+    values, weights = config.to_dict(), megatron_tensors(build(config), config)
+    run = run_under(LAYOUTS[layout], False, deterministic_mode=True, moe_aux_loss_coeff=AUX)
+    batch = pack(make_samples(config.vocab_size), run.trainer)
+    rows = batch.ranks[parallel_state.get_data_parallel_rank()]
+    runs = []
+    for _ in range(2):
+        model = MegatronModel(run, family_of(values).megatron(values), device="cpu", load=loader(weights))
+        steps = [model.step(rows, batch.num_loss_tokens, sft_loss, 1.0) for _ in range(2)]
+        runs.append((steps, [p.detach().clone() for _, p in mine(model.chunks)]))
+    (first, once), (second, again) = runs
+    return {
+        "enabled": torch.are_deterministic_algorithms_enabled(),
+        "same_numbers": [step.numbers for step in first] == [step.numbers for step in second],
+        "same_weights": all(torch.equal(one, other) for one, other in zip(once, again, strict=True)),
+        "moved": any(
+            not torch.equal(p, shard(name, weights))
+            for p, (name, _) in zip(once, mine(model.chunks), strict=True)
+        ),
+    }
+
+
 def main(rank: int, world_size: int, directory: Path) -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
@@ -159,6 +183,13 @@ def main(rank: int, world_size: int, directory: Path) -> None:
         if layout in ("one", "pp2"):
             results[f"{layout}/measured only"] = measure(layout, "qwen3_moe", 0.0, 0.0)
         shutdown_megatron()
+        if layout in ("one", "tp2-sp-ep2"):
+            strict = trainer.model_copy(update={"deterministic_mode": True})
+            join(strict, rank, world_size, directory / f"strict-{layout}")
+            torch.set_num_threads(2)
+            results[f"{layout}/twice"] = run_twice(layout)
+            torch.set_num_threads(1)
+            shutdown_megatron()
     (directory / f"{rank}.json").write_text(json.dumps(results))
 
 

@@ -34,7 +34,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, run_workers: RunWorkers) -
     finished: dict[int, list[dict[str, Any]]] = {}
 
     def of_case(case: str) -> list[Any]:
-        size = 1 if case in ONE else 2
+        size = 1 if case.startswith("one") else 2
         if size not in finished:
             finished[size] = run_workers(WORKER, size, tmp_path_factory.mktemp("balance"))
         return [rank[case] for rank in finished[size]]
@@ -50,3 +50,9 @@ def test_loads_and_gradients_are_those_of_transformers_routers(case: str, result
             assert errors["loss"] < 1e-5, packing
             assert errors["grads"][0] < 1e-5, (packing, errors["grads"][1])
             assert all(error < 1e-5 for error in errors["metrics"].values()), (packing, errors["metrics"])
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2-sp-ep2"])
+def test_deterministic_steps_are_the_same_to_the_bit(layout: str, results: Results) -> None:
+    for rank in results(f"{layout}/twice"):
+        assert rank == {"enabled": True, "same_numbers": True, "same_weights": True, "moved": True}
