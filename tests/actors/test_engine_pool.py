@@ -32,6 +32,8 @@ class Engine:
         self._folder = Path(folder)
 
     async def start(self) -> int:
+        while (self._folder / "starts-slowly").exists():
+            await asyncio.sleep(0.05)
         if (self._folder / "cannot-start").exists():
             raise BasculeError("no weights")
         return os.getpid()
@@ -151,6 +153,18 @@ def test_a_lost_teacher_is_replaced_and_not_waited_for_while_there_is_another(ma
     assert [row.tolist() for row in teacher.token_logprobs(samples)] == want
     assert [member.incarnation for member in group.members] == [1, 0]
     teacher.close()
+
+
+def test_an_engine_on_its_way_is_given_up_at_the_end(made: Any, tmp_path: Path) -> None:
+    """The thread that waits for it must not outlive the run: Ray ends a process that calls it after leaving it."""
+    group, pids = group_of(made)
+    (tmp_path / "starts-slowly").touch()
+    os.kill(pids[0], signal.SIGKILL)
+    until(lambda: group.pool._coming)
+    began = time.monotonic()
+    group.close()
+    assert time.monotonic() - began < 20
+    assert not any(thread.name.startswith("replace-") for thread in threading.enumerate())
 
 
 def test_calls_that_share_engines_do_not_wait_for_each_other(made: Any) -> None:
