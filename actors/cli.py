@@ -14,6 +14,7 @@ from actors.reward_options import add_commands
 from configs.errors import BasculeError, ConfigError, WriteError
 from configs.export import ExportConfig, InferConfig
 from configs.load import dump_config, load_config, load_settings
+from configs.manifest import ManifestConfig
 from configs.options import describe_options
 from configs.plan import PlanConfig
 from configs.schema import RunConfig
@@ -87,6 +88,10 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     text = "answer one prompt with vLLM or transformers, to look at a model"
     infer = _add_command(commands, "infer", text, InferConfig, "--model DIR --prompt TEXT")
     infer.set_defaults(command_function=_infer)
+    text = "print a run as a job of Kubernetes (KubeRay), with pods that have what its actors ask for"
+    needed = "--config FILE --image IMAGE --claim PVC"
+    kubernetes = _add_command(commands, "manifest", text, ManifestConfig, needed)
+    kubernetes.set_defaults(command_function=_manifest)
     _add_view(commands)
     make = commands.add_parser(
         "make-model", help="make a small model directory without a hub", allow_abbrev=False
@@ -225,6 +230,14 @@ def _infer(options: argparse.Namespace, rest: list[str]) -> int:
 
     answer = infer(config, show)
     print("" if config.stream else answer)
+    return 0
+
+
+def _manifest(options: argparse.Namespace, rest: list[str]) -> int:
+    config = load_settings(ManifestConfig, options.config, rest)
+    from actors.manifest import manifest
+
+    print(manifest(config), end="")
     return 0
 
 

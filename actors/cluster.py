@@ -31,13 +31,18 @@ class Cluster:
     """Where Ray keeps what the actors print, on each node."""
 
 
+def address_of(cluster: ClusterConfig) -> str | None:
+    """Where the Ray is that a run joins; None when it starts its own."""
+    return cluster.address or os.environ.get("RAY_ADDRESS")
+
+
 @contextmanager
 def connect(cluster: ClusterConfig) -> Generator[Cluster]:
     """Connected while the body runs. Everything the run started is gone afterwards, also after an error.
 
     Raises BasculeError when the address does not answer.
     """
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    address = address_of(cluster)
     if address and address.startswith("ray://"):
         raise ConfigError(
             f"cluster.address: {address} is a Ray client's; submit the run with `ray job submit`"

@@ -10,6 +10,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors import deadline
 from actors.bridge_host import Meeting
+from actors.cluster import address_of
 from actors.dispatch import Room
 from actors.engine import Engine, EngineInfo
 from actors.engine_pool import EnginePool, Member
@@ -267,7 +268,7 @@ def create_engines(
     Without weights they start with random ones and have to be sent a version before they sample. With a
     `max_lora_rank` they can be sent an adapter; see Engine. `event` is told which are lost and back.
     """
-    device = resolve_device(config.model.device)
+    device = resolve_device(config.model.device, elsewhere=address_of(config.cluster) is not None)
     rollout, cluster = config.rollout, config.cluster
     environment = engine_environment(model_path, device, cluster.cpus_per_engine)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.adapter_source import find_adapter, read_adapter
-from actors.cluster import connect
+from actors.cluster import address_of, connect
 from actors.console import Console
 from actors.distill import Lessons, describe_lessons, find_teacher, make_lessons, run_gkd
 from actors.engine_episode import check_template
@@ -71,7 +71,7 @@ class Prepared:
 def prepare(config: RunConfig) -> Prepared:
     """Check model, layout, data and rewards. Raises BasculeError about the first thing that is wrong."""
     check_one_source()
-    device = resolve_device(config.model.device)
+    device = resolve_device(config.model.device, elsewhere=address_of(config.cluster) is not None)
     is_grpo, has_engines = config.algorithm == "grpo", config.has_engines
     if has_engines and device == "cpu" and config.bridge.transport == "cupy_nccl":
         raise ConfigError(
@@ -203,7 +203,10 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
         train = {"grpo": _run_grpo, "gkd": run_gkd, "sft": _run_sft}[config.algorithm]
         try:
             reservation = reserve(
-                prepared.bundles, timeout_s=config.cluster.placement_timeout_s, can_grow=not cluster.local
+                prepared.bundles,
+                timeout_s=config.cluster.placement_timeout_s,
+                can_grow=not cluster.local,
+                node_label=None if cluster.local else config.cluster.node_label,
             )
             train(config, prepared, reservation, recorder, directory, console)
         except BasculeError:

@@ -179,6 +179,9 @@ class ClusterConfig(Section):
     """CPUs reserved for each Megatron rank."""
     cpus_per_engine: float = Field(default=0.5, gt=0)
     """CPUs reserved for each vLLM engine."""
+    node_label: str | None = Field(default=None, min_length=1)
+    """Label of a cluster's nodes that says whose they are: trainer, rollout (engines, rewards, environments) or
+    bridge. By default every node is everybody's; a Ray that the command starts itself has no labels."""
     placement_timeout_s: float = Field(default=60.0, gt=0)
     """How long to wait for the reserved resources."""
     start_timeout_s: float = Field(default=600.0, gt=0)
