@@ -153,30 +153,15 @@ def test_groups_are_those_that_the_run_has_and_tensor_parallel_ranks_stay_on_one
     assert groups(*gkd) == {"trainer": (1, "8")}
 
 
+ASKED = """--job_name job-1 --namespace rl --image r/i@sha256:0 --claim big --mount_path /shared/x
+--output_dir /shared/x/run --secret_env.WANDB_API_KEY wandb/key --env.NCCL_DEBUG WARN --env.NCCL_IB_TIMEOUT 22
+--image_pull_secrets pull --service_account runs --kubernetes.annotations.k8s.v1.cni.cncf.io/networks net
+--node_selector.pool h100 --active_deadline_s 3600 --pre_running_deadline_s 60 --grace_s 120 --auth_secret token
+--gpu_resource amd.com/gpu --backoff_limit 5""".split()
+
+
 def test_everything_that_can_be_asked_for_is_in_the_pods(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--job_name", "job-1", "--namespace", "rl", "--image", "r/i@sha256:0", "--claim", "big"]
-    words += [
-        "--mount_path",
-        "/shared/x",
-        "--output_dir",
-        "/shared/x/run",
-        "--secret_env.WANDB_API_KEY",
-        "wandb/key",
-    ]
-    words += [
-        "--env.NCCL_DEBUG",
-        "WARN",
-        "--env.NCCL_IB_TIMEOUT",
-        "22",
-        "--image_pull_secrets",
-        "pull",
-        "--service_account",
-        "runs",
-    ]
-    words += ["--kubernetes.annotations.k8s.v1.cni.cncf.io/networks", "net", "--node_selector.pool", "h100"]
-    words += ["--active_deadline_s", "3600", "--pre_running_deadline_s", "60", "--grace_s", "120"]
-    words += ["--auth_secret", "token", "--gpu_resource", "amd.com/gpu", "--backoff_limit", "5"]
-    config_map, job = made(capsys, "--config", BIG, *words)
+    config_map, job = made(capsys, "--config", BIG, *ASKED)
     assert list(faults(job)) == []
     assert {each["metadata"]["namespace"] for each in (config_map, job)} == {"rl"}
     spec = job["spec"]
@@ -212,10 +197,14 @@ def test_everything_that_can_be_asked_for_is_in_the_pods(capsys: pytest.CaptureF
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}
     bridge = cluster["workerGroupSpecs"][2]["template"]["spec"]["containers"][0]
     assert "add" not in bridge["securityContext"]["capabilities"]
-    images = {each["template"]["spec"]["containers"][0]["image"] for each in cluster["workerGroupSpecs"]}
     submitter = spec["submitterPodTemplate"]["spec"]
-    assert images == {"r/i@sha256:0", submitter["containers"][0]["image"]}
+    assert (container["image"], submitter["containers"][0]["image"]) == ("r/i@sha256:0", "r/i@sha256:0")
     assert submitter["imagePullSecrets"] == [{"name": "pull"}]
+
+
+def test_other_ways_to_submit_have_no_pod_for_it_and_a_cluster_has_no_job(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for mode in ("HTTPMode", "SidecarMode"):
         other = made(capsys, "--config", BIG, "--submission_mode", mode)[1]
         assert "submitterPodTemplate" not in other["spec"]
