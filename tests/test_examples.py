@@ -22,6 +22,7 @@ from algorithms.rewards.loading import load_reward, load_rewards
 from configs.environment import EnvironmentConfig
 from configs.export import ExportConfig, InferConfig
 from configs.load import load_config, load_settings
+from configs.manifest import ManifestConfig
 from configs.plan import PlanConfig
 from configs.rewards import RewardConfig
 
@@ -62,6 +63,9 @@ def test_commands_of_the_readme_name_real_commands_and_options() -> None:
             load_settings(schemas[words[0]], None, words[1:])
             continue
         path = words[words.index("--config") + 1]
+        if words[0] == "manifest":
+            load_settings(ManifestConfig, ROOT / path, [*words[3:-2]])
+            continue
         rest = [word for word in words[1:] if word not in ("--config", path)]
         algorithm = yaml.safe_load((ROOT / path).read_text())["algorithm"]
         config = load_config(ROOT / path, rest, algorithm)
