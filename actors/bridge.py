@@ -58,10 +58,10 @@ class WeightBridge:
         self._collective_s = config.cluster.collective_timeout_s
         self._trainers = trainers
         self._engines = engines
-        bucket_bytes = int(self._settings.bucket_size_mb * (1 << 20))
-        plan = cut_plan(trainers.plan, bucket_bytes)
+        self._bucket_bytes = int(self._settings.bucket_size_mb * (1 << 20))
+        plan = cut_plan(trainers.plan, self._bucket_bytes)
         self._wire: Mapping[str, Any] = to_wire(plan)
-        trainers.follow(bucket_bytes)
+        trainers.follow(self._bucket_bytes)
         common = (plan, trainers, self._settings.offload_bridge, self._start_timeout_s, self._collective_s)
         self._home: BridgeHome = (
             DedicatedBridge(reservation, self._settings.stall_timeout_s, *common)
@@ -100,6 +100,15 @@ class WeightBridge:
             metrics["sync/seconds"] = time.monotonic() - start
             every = self._settings.check_logprobs_every
             return metrics | (self._compare() if every and version % every == 0 else {})
+
+    def trainers_restarted(self) -> None:
+        """All ranks are other processes: the next sync connects them anew, and sends everything.
+
+        The bridge is made anew as well, for it may wait for ranks that are no more.
+        """
+        self._joined, self._trainers_joined, self._must_be_full = (), False, True
+        self._trainers.follow(self._bucket_bytes)
+        self._home.start()
 
     def manifest(self) -> list[ManifestEntry]:
         """Every tensor of the last sync with the hash of its content."""

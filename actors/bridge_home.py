@@ -123,12 +123,11 @@ class DedicatedBridge(_Home):
 
 
 class HostedBridge(_Home):
-    """Part of trainer rank 0, which needs no further device. A trainer that is lost ends the run anyway."""
+    """Part of trainer rank 0, which needs no further device."""
 
     def __init__(self, *common: Any) -> None:
         """`common` are the arguments of _Home."""
         super().__init__(*common)
-        self._first = self._trainers.ranks[0]
         self._owner = f"bridge in {self._trainers.names[0]}"
         self.start()
 
@@ -166,6 +165,11 @@ class HostedBridge(_Home):
     def call(self, method: str) -> Any:
         """Result of a method of the bridge."""
         return self._get(self._first.sync.remote("call_host", method), f"bridge: {method}")
+
+    @property
+    def _first(self) -> Any:
+        # Another one after the ranks were started again.
+        return self._trainers.ranks[0]
 
     def _get(self, ref: Any, phase: str) -> Any:
         return deadline.get(ref, self._owner, timeout_s=self._start_timeout_s, phase=phase)

@@ -34,6 +34,15 @@ class CheckpointLinks:
             self._scores[step] = score
             self._link_best()
 
+    @property
+    def scores(self) -> Mapping[int, float]:
+        """How good the weights were, by step."""
+        return self._scores
+
+    def best_step(self) -> int | None:
+        """The step whose weights were the best so far, saved or not; the earliest of equals."""
+        return max(sorted(self._scores), key=self._scores.__getitem__, default=None)
+
     def state(self) -> dict[str, Any]:
         """What was saved and how it was rated, for `restore`; JSON takes it."""
         return {

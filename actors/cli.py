@@ -1,4 +1,4 @@
-"""The command line: `bascule grpo|gkd|sft|view|reward|plan|export|...`. The only module that prints."""
+"""The command line: `bascule grpo|gkd|sft|view|status|reward|plan|export|...`. The only module that prints."""
 
 import argparse
 import json
@@ -15,6 +15,7 @@ from actors.submit_options import add_command as add_submit
 from configs.errors import BasculeError, ConfigError, WriteError
 from configs.export import ExportConfig, InferConfig
 from configs.load import dump_config, load_config, load_settings
+from configs.manifest import ManifestConfig
 from configs.options import describe_options
 from configs.plan import PlanConfig
 from configs.schema import RunConfig
@@ -53,7 +54,11 @@ class Terminal:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 well, 1 a run failed, 2 wrong input, 130 interrupted."""
+    """Run a command; returns the exit code: 0 well, 1 a run failed, 2 wrong input, 130 interrupted.
+
+    A run that is told to end: 0 before its time_limit, 143 by SIGTERM, 75 when a node drains; see
+    docs/reliability.md.
+    """
     options, rest = _parse(sys.argv[1:] if arguments is None else arguments)
     try:
         return options.command_function(options, rest)
@@ -88,7 +93,12 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     text = "answer one prompt with vLLM or transformers, to look at a model"
     infer = _add_command(commands, "infer", text, InferConfig, "--model DIR --prompt TEXT")
     infer.set_defaults(command_function=_infer)
+    text = "print a run as a job of Kubernetes (KubeRay), with pods that have what its actors ask for"
+    needed = "--config FILE --image IMAGE --claim PVC"
+    kubernetes = _add_command(commands, "manifest", text, ManifestConfig, needed)
+    kubernetes.set_defaults(command_function=_manifest)
     _add_view(commands)
+    _add_status(commands)
     make = commands.add_parser(
         "make-model", help="make a small model directory without a hub", allow_abbrev=False
     )
@@ -101,7 +111,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add_commands(commands, Terminal)
     add_submit(commands)
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command_function in (_make_model, _view):
+    if rest and options.command_function in (_make_model, _view, _status):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     return options, rest
 
@@ -118,6 +128,15 @@ def _add_view(commands: Any) -> None:
         help=f"completions in that file, the latest; {_MAX_ROLLOUTS} by default",
     )
     view.set_defaults(command_function=_view)
+
+
+def _add_status(commands: Any) -> None:
+    text = "how a run is: step, what it waits for, restarts, states, and what its processes do"
+    status = commands.add_parser("status", help=text, description=text, allow_abbrev=False)
+    status.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a run")
+    status.add_argument("--files", action="store_true", help="read its files alone, and ask no Ray")
+    status.add_argument("--stacks", action="store_true", help="with the stack of every process")
+    status.set_defaults(command_function=_status)
 
 
 def _port(text: str) -> int:
@@ -152,9 +171,14 @@ def _add_command(
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
     config = load_config(options.config, rest, options.algorithm)
+    from actors.ending import EndedEarlyError
     from actors.run import run
 
-    result = run(config, Terminal()) | _install_seconds()
+    try:
+        result = run(config, Terminal()) | _install_seconds()
+    except EndedEarlyError as error:
+        print(error, file=sys.stderr if error.exit_code else sys.stdout)
+        return error.exit_code
     for name in ("accuracy", "divergence"):
         if f"{name}_before" in result:
             print(f"held-out {name}: {result[f'{name}_before']:.3f} -> {result[f'{name}_after']:.3f}")
@@ -174,7 +198,8 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> int:
     if options.config is None:
         return _plan_model(rest)
     config = load_settings(RunConfig, options.config, rest)
-    from actors.run import describe, prepare
+    from actors.description import describe
+    from actors.run import prepare
 
     prepared = prepare(config)
     print(dump_config(prepared.config))
@@ -230,6 +255,14 @@ def _infer(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _manifest(options: argparse.Namespace, rest: list[str]) -> int:
+    config = load_settings(ManifestConfig, options.config, rest)
+    from actors.manifest import manifest
+
+    print(manifest(config), end="")
+    return 0
+
+
 def _view(options: argparse.Namespace, rest: list[str]) -> int:
     from actors.view import serve, write
 
@@ -241,6 +274,14 @@ def _view(options: argparse.Namespace, rest: list[str]) -> int:
         raise ConfigError("--port: a file is not served; give --port or --html")
     else:
         write(options.run, options.html, options.max_rollouts or _MAX_ROLLOUTS, Terminal().line)
+    return 0
+
+
+def _status(options: argparse.Namespace, rest: list[str]) -> int:
+    from actors.status import describe_run
+
+    for line in describe_run(options.run, live=not options.files, stacks=options.stacks):
+        print(line, flush=True)
     return 0
 
 

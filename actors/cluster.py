@@ -13,8 +13,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from actors.env import resolve_device
 from configs.errors import BasculeError, ConfigError
-from configs.schema import ClusterConfig
+from configs.schema import ClusterConfig, RunConfig
 
 # Workers of a busy two-core machine need longer than Ray's 30 s to register.
 _PATIENCE = {"RAY_raylet_start_wait_time_s": "180", "RAY_worker_register_timeout_seconds": "180"}
@@ -27,8 +28,22 @@ class Cluster:
 
     local: bool
     """Started by this process: it will not grow, and it ends with the run."""
+    address: str
+    """Where other processes find it."""
+    job: str
+    """What Ray calls the run."""
     logs: Path
     """Where Ray keeps what the actors print, on each node."""
+
+
+def device_of(config: RunConfig) -> str:
+    """`cpu` or `cuda` of the run's ranks and engines; see resolve_device. Raises ConfigError."""
+    return resolve_device(config.model.device, elsewhere=address_of(config.cluster) is not None)
+
+
+def address_of(cluster: ClusterConfig) -> str | None:
+    """Where the Ray is that a run joins; None when it starts its own."""
+    return cluster.address or os.environ.get("RAY_ADDRESS")
 
 
 @contextmanager
@@ -37,7 +52,7 @@ def connect(cluster: ClusterConfig) -> Generator[Cluster]:
 
     Raises BasculeError when the address does not answer.
     """
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    address = address_of(cluster)
     if address and address.startswith("ray://"):
         raise ConfigError(
             f"cluster.address: {address} is a Ray client's; submit the run with `ray job submit`"
@@ -60,7 +75,14 @@ def connect(cluster: ClusterConfig) -> Generator[Cluster]:
         where = f"at {address}" if address else "on this machine"
         raise BasculeError(f"Ray {where} does not answer: {error}") from error
     try:
-        yield Cluster(local=not address, logs=Path(context.address_info["session_dir"]) / "logs")
+        info = context.address_info
+        logs = Path(info["session_dir"]) / "logs"
+        yield Cluster(
+            local=not address,
+            address=info["gcs_address"],
+            job=ray.get_runtime_context().get_job_id(),
+            logs=logs,
+        )
     finally:
         ray.shutdown()
 

@@ -1,8 +1,10 @@
 """Every wait of the driver for an actor goes through here, so that none is without end."""
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import (
@@ -20,7 +22,39 @@ from bridge.transport.base import TransportError
 from configs.errors import BasculeError
 
 _AFTER_FAILURE_S = 5.0
+_TELL_S = 2.0
 _GONE = (RayActorError, OutOfMemoryError, ActorUnschedulableError, NodeDiedError, ActorPlacementGroupRemoved)
+
+
+class Observer(Protocol):
+    """Who is told of a wait that goes on."""
+
+    def __call__(self, phase: str, owners: Sequence[str], seconds: float) -> None:
+        """For `seconds` now `phase` has waited for these."""
+        ...
+
+
+def _nobody(phase: str, owners: Sequence[str], seconds: float) -> None:
+    pass
+
+
+# Of a thread's context, so that the driver's own waits are told and not those of threads beside it.
+_OBSERVER: ContextVar[Observer] = ContextVar("observer", default=_nobody)
+
+
+@contextmanager
+def observed(observer: Observer) -> Generator[None]:
+    """Tell `observer` every few seconds of the waits of this thread, while the body runs."""
+    token = _OBSERVER.set(observer)
+    try:
+        yield
+    finally:
+        _OBSERVER.reset(token)
+
+
+def tell(phase: str, owners: Sequence[str], seconds: float) -> None:
+    """For waits that are made of several: they go on."""
+    _OBSERVER.get()(phase, owners, seconds)
 
 
 class DeadlineExceededError(BasculeError, TimeoutError):
@@ -52,12 +86,14 @@ def get_all(
     results: dict[Any, Any] = {}
     while pending:
         left = max(0.0, deadline - time.monotonic())
-        ready, _ = ray.wait(list(pending), num_returns=1, timeout=min(left, look_s) if look else left)
+        wait_s = min(left, _TELL_S if look is None else min(look_s, _TELL_S))
+        ready, _ = ray.wait(list(pending), num_returns=1, timeout=wait_s)
         if look is not None:
             look(list(pending.values()))
+        if not ready and time.monotonic() < deadline:
+            _OBSERVER.get()(phase, list(pending.values()), timeout_s - left + wait_s)
+            continue
         if not ready:
-            if time.monotonic() < deadline:
-                continue
             late = ", ".join(pending.values())
             raise DeadlineExceededError(f"{phase}: no answer within {timeout_s:.0f} s from {late}")
         try:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.console import Console
+from actors.ending import Ending
 from actors.metrics import RunRecorder, warn
 from actors.placement import Reservation
+from actors.restart import train_on
 from actors.resume import StateKeeper
 from actors.teacher import check_column, open_teacher
 from actors.trainer import TrainerGroup
@@ -100,6 +102,7 @@ def run_gkd(
     recorder: RunRecorder,
     directory: Path,
     console: Console,
+    ending: Ending,
 ) -> None:
     """Train, and save the last checkpoint. Engines are started only where there are on-policy steps."""
     start = time.monotonic()
@@ -108,7 +111,11 @@ def run_gkd(
 
     with open_teacher(config, prepared.teacher, reservation, recorder.event) as asked:
 
-        def train(trainers: TrainerGroup, student: gkd.Student | None) -> None:
+        def train(
+            trainers: TrainerGroup,
+            student: gkd.Student | None,
+            reconnect: Callable[[], None] = lambda: None,
+        ) -> None:
             asked.ready(config.cluster.start_timeout_s)
             console.line(f"the actors are up after {time.monotonic() - start:.1f}s")
             roles = gkd.Roles(
@@ -120,9 +127,13 @@ def run_gkd(
             )
             prompts, samples = _stream(config, lessons.prompts), _stream(config, lessons.samples)
             streams = {"prompts": prompts, "samples": samples}
-            keeper = StateKeeper(config, directory, trainers, recorder, streams, prepared.state)
-            with recorder:
-                gkd.train(config, roles, prompts, samples, lessons.held_out, keeper)
+            keeper = StateKeeper(config, directory, trainers, recorder, streams, prepared.state, ending)
+            with recorder, keeper:
+                train_on(
+                    lambda: gkd.train(config, roles, prompts, samples, lessons.held_out, keeper),
+                    *(config, trainers, keeper, recorder),
+                    reconnect=reconnect,
+                )
 
         _start(config, prepared, reservation, recorder, directory, console, train)
 
@@ -134,7 +145,7 @@ def _start(
     recorder: RunRecorder,
     directory: Path,
     console: Console,
-    train: Callable[[TrainerGroup, gkd.Student | None], None],
+    train: Callable[..., None],
 ) -> None:
     """Let `train` have the trainers, and the student's engines if it has any; then save the last checkpoint."""
     from actors.launch import launch
@@ -146,7 +157,8 @@ def _start(
         with launch(
             *(config, sources, device, reservation, directory, console), probe=probe, event=recorder.event
         ) as actors:
-            train(actors.trainers, gkd.Student(sampler=actors.engines, weights=actors.weights))
+            student = gkd.Student(sampler=actors.engines, weights=actors.weights)
+            train(actors.trainers, student, actors.reconnect)
         actors.trainers.save_last()
     else:
         trainers = TrainerGroup(config, reservation, device, sources, directory, recorder.event)

@@ -1,26 +1,23 @@
 """The engines as one sampler, and what a weight update needs from all of them."""
 
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors import deadline
 from actors.bridge_host import Meeting
 from actors.dispatch import Room
-from actors.engine import Engine, EngineInfo
-from actors.engine_pool import EnginePool, Member
-from actors.engine_settings import engine_arguments, engine_environment
-from actors.engine_work import Job, Running, Work
-from actors.env import resolve_device
+from actors.engine import EngineInfo
+from actors.engine_pool import EngineLostError, EnginePool, Member
+from actors.engine_work import Job, Running, Suspicions, Work, given_up
 from actors.events import Event, unheard
 from algorithms.data import Group, Prompt, SamplingSettings
-from configs.engines import EngineConfig
 from configs.errors import BasculeError
-from configs.schema import RunConfig
+
+LOG = logging.getLogger(__name__)
 
 # How often a wait for completions looks after lost and new engines.
 _LOOK_S = 1.0
@@ -36,10 +33,19 @@ class EngineGroup:
     """
 
     def __init__(
-        self, pool: EnginePool, room: int, timeout_s: float, workers: int = 1, *, gets_weights: bool = True
+        self,
+        pool: EnginePool,
+        room: int,
+        timeout_s: float,
+        workers: int = 1,
+        *,
+        gets_weights: bool = True,
+        event: Event = unheard,
     ) -> None:
         """`room` is how many sequences an engine takes, `workers` of how many processes one consists. Engines that
-        never get weights need not be waited for while others start."""
+        never get weights need not be waited for while others start. `event` is told of
+        prompts that end engines."""
+        self._event = event
         self.pool = pool
         self.workers = workers
         self._gets_weights = gets_weights
@@ -47,6 +53,8 @@ class EngineGroup:
         self._timeout_s = timeout_s
         self._give_weights: Callable[[Member], None] = pool.admit
         self._work: list[Work] = []
+        self._suspicions = Suspicions()
+        self._version = 0
         self._listener_of: Callable[[Prompt], Any] = lambda _: None
         self._environment_of: Callable[[Prompt], Any] = lambda _: None
 
@@ -84,7 +92,13 @@ class EngineGroup:
                 prompt, sampling, self._listener_of(prompt), self._environment_of(prompt)
             )
 
-        return Job(name=f"prompt {prompt.id}", size=sampling.n, begin=begin)
+        return Job(
+            name=f"prompt {prompt.id}",
+            size=sampling.n,
+            begin=begin,
+            key=(prompt.id, sampling.seed),
+            without=lambda: given_up(prompt, sampling, self._version),
+        )
 
     def _collect(self, work: Work) -> Iterator[tuple[Job, Any]]:
         try:
@@ -99,13 +113,24 @@ class EngineGroup:
             if self._gets_weights:
                 self._settle()
         finally:
-            self._work.remove(work)
-            for ref, running in work.running.items():
-                self._room.give_back(running.member.index, running.job.size)
-                # An iterator that an error left behind may be closed only after the run has left Ray; any call
-                # would then start a new Ray.
-                if ray.is_initialized():
-                    ray.cancel(ref, recursive=False)
+            self._give_up(work)
+
+    def give_up(self) -> None:
+        """Forget all that was asked for: nobody will take it."""
+        for work in list(self._work):
+            self._give_up(work)
+
+    def _give_up(self, work: Work) -> None:
+        if work not in self._work:
+            return
+        self._work.remove(work)
+        for ref, running in work.running.items():
+            self._room.give_back(running.member.index, running.job.size)
+            # An iterator that an error left behind may be closed only after the run has left Ray; any call would
+            # then start a new Ray.
+            if ray.is_initialized():
+                ray.cancel(ref, recursive=False)
+        work.running.clear()
 
     def welcome_with(self, give_weights: Callable[[Member], None]) -> None:
         """Call this for an engine that was started again; it has to give it weights and admit it to the pool."""
@@ -165,6 +190,7 @@ class EngineGroup:
 
     def receive(self, members: Sequence[Member], version: int) -> list[Any]:
         """Let the engines receive a set of weights. Returns refs at once; they hold seconds."""
+        self._version = version
         return [member.actor.receive.remote(version) for member in members]
 
     def resume(self, members: Sequence[Member] | None = None) -> None:
@@ -230,12 +256,27 @@ class EngineGroup:
         """Give engines what they have room for, the earliest call's jobs first."""
         members = {member.index: member for member in self.pool.members("up")}
         for work in self._work:
+            while work.suspects and self._give(
+                work, work.suspects[0], members, self._without_suspects(members)
+            ):
+                work.suspects.popleft()
             while work.waiting:
-                engine = self._room.take(work.waiting.first.size, members)
-                if engine is None:
+                if not self._give(work, work.waiting.first, members, members):
                     return
-                job = work.waiting.pop()
-                work.running[job.begin(members[engine].actor)] = Running(member=members[engine], job=job)
+                work.waiting.pop()
+
+    def _give(self, work: Work, job: Job, members: Mapping[int, Member], able: Collection[int]) -> bool:
+        """Let one of the engines that are `able` do it; False while none has room."""
+        engine = self._room.take(job.size, able)
+        if engine is None:
+            return False
+        work.running[job.begin(members[engine].actor)] = Running(member=members[engine], job=job)
+        return True
+
+    def _without_suspects(self, members: Collection[int]) -> set[int]:
+        """Engines that work on nothing that was with an engine that was lost."""
+        running = [each for work in self._work for each in work.running.values()]
+        return {*members} - {each.member.index for each in running if self._suspicions.holds(each.job)}
 
     def _wait_for_an_answer(self) -> None:
         """Return when a job is done, of whatever call, or an engine was lost, or a new one came first.
@@ -251,8 +292,10 @@ class EngineGroup:
                 return
             if self.pool.members("new"):
                 return
+            names = [work.running[ref].owner for ref, work in owners.items()]
+            deadline.tell("generate", names, self._timeout_s - (end - time.monotonic()))
             if time.monotonic() > end:
-                late = ", ".join(work.running[ref].owner for ref, work in owners.items())
+                late = ", ".join(names)
                 raise deadline.DeadlineExceededError(
                     f"generate: no answer within {self._timeout_s:.0f} s from {late}"
                 )
@@ -269,72 +312,23 @@ class EngineGroup:
                 self.pool.lost(member, error)
             elif not self.pool.noticed(member, _NOTICE_S):
                 raise
-            work.waiting.again(running.job)
+            self._put_back(work, running)
+        else:
+            self._suspicions.cleared(running.job)
 
+    def _put_back(self, work: Work, running: Running) -> None:
+        """A job of an engine that was lost: tried once more, or, after a second loss, given up.
 
-def create_engines(
-    config: RunConfig,
-    model_path: str,
-    placement_group: PlacementGroup,
-    bundle_indices: Sequence[int],
-    *,
-    with_weights: bool = True,
-    max_lora_rank: int | None = None,
-    lora_modules: Sequence[str] | None = None,
-    event: Event = unheard,
-) -> EngineGroup:
-    """One engine in each of the bundles; `start` and `ready` make them sample, with weight version 0.
-
-    Without weights they start with random ones and have to be sent a version before they sample. With a
-    `max_lora_rank` they can be sent an adapter; see Engine. `event` is told which are lost and back.
-    """
-    device = resolve_device(config.model.device)
-    arguments = engine_arguments(
-        *(config, model_path, device, max_lora_rank, lora_modules), with_weights=with_weights
-    )
-    pool = start_pool(
-        *(config, config.rollout, arguments, placement_group, bundle_indices), kind="engine", event=event
-    )
-    # Engines hold back what they have no room for, so that they never wait for a trainer that is ahead.
-    room = config.rollout.max_num_seqs * (1 + config.grpo.max_lag)
-    return EngineGroup(pool, room, config.cluster.step_timeout_s, config.rollout.tensor_parallel_size)
-
-
-def start_pool(
-    config: RunConfig,
-    engine: EngineConfig,
-    arguments: Mapping[str, Any],
-    placement_group: PlacementGroup,
-    bundle_indices: Sequence[int],
-    *,
-    kind: str,
-    event: Event,
-) -> EnginePool:
-    """An actor for each bundle, with an engine of these arguments for vLLM; `kind` is what each is called."""
-    device, cluster = resolve_device(config.model.device), config.cluster
-    environment = engine_environment(arguments["model"], device, cluster.cpus_per_engine)
-
-    def make(index: int) -> Any:
-        options: dict[str, Any] = {
-            "num_cpus": cluster.cpus_per_engine * engine.tensor_parallel_size,
-            "num_gpus": engine.tensor_parallel_size if device == "cuda" else 0,
-            # A restarted actor would come back without its weights and look healthy.
-            "max_restarts": 0,
-            "max_concurrency": 1000,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                placement_group, placement_group_bundle_index=bundle_indices[index]
-            ),
-            "runtime_env": {"env_vars": environment},
-        }
-        actor: Any = ray.remote(Engine).options(**options)
-        return actor.remote(f"{kind} {index}", config, arguments, engine.heartbeat_timeout_s)
-
-    return EnginePool(
-        [make(index) for index in range(len(bundle_indices))],
-        make,
-        start_timeout_s=cluster.start_timeout_s,
-        max_recoveries=config.bridge.max_recoveries,
-        heartbeat_timeout_s=engine.heartbeat_timeout_s,
-        event=event,
-        kind=kind,
-    )
+        Raises EngineLostError for a job that cannot be left out.
+        """
+        job = running.job
+        if self._suspicions.again(job):
+            work.suspects.append(job)
+            return
+        self._suspicions.cleared(job)
+        if job.without is None:
+            raise EngineLostError(f"{job.name}: two engines were lost while they worked on it")
+        text = f"{job.name} is dropped: two engines were lost while they worked on it"
+        LOG.warning("%s", text)
+        self._event(None, "poison", text, prompt=job.key[0], engine=running.member.index)
+        work.done.append((job, job.without()))

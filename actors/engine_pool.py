@@ -17,6 +17,8 @@ from configs.errors import BasculeError
 LOG = logging.getLogger(__name__)
 
 _LOOK_S = 1.0
+# It looks at least this often whether it is over.
+_CLOSE_S = 10.0
 State = Literal["up", "starting", "new", "failed"]
 
 
@@ -82,6 +84,9 @@ class EnginePool:
         self._asked: dict[Member, tuple[Any, float]] = {}
         self._closed = threading.Event()
         self._watching: threading.Thread | None = None
+        self._replacing: list[threading.Thread] = []
+        # Actors that are to take the place of lost ones, and are not members yet.
+        self._coming: dict[int, Any] = {}
         self.recoveries = 0
 
     def __len__(self) -> int:
@@ -126,9 +131,10 @@ class EnginePool:
         LOG.warning("%s is lost: %s; %s", member.name, why, following)
         self._event(None, "restart", f"{member.name} is lost: {why}; {following}", engine=member.index)
         if can_replace:
-            threading.Thread(
-                target=self._replace, args=(member,), name=f"replace-{member.index}", daemon=True
-            ).start()
+            name = f"replace-{member.index}"
+            thread = threading.Thread(target=self._replace, args=(member,), name=name, daemon=True)
+            self._replacing.append(thread)
+            thread.start()
 
     def noticed(self, member: Member, timeout_s: float) -> bool:
         """Whether the engine is known to be lost within this time: its error may come before its death is seen."""
@@ -155,10 +161,17 @@ class EnginePool:
                 self._lock.wait(left)
 
     def close(self) -> None:
-        """Stop watching. Call it before leaving Ray, which a late call would start again."""
+        """Stop watching, and give up engines that are on their way. Call it before leaving Ray, which a late call
+        would start again, or end the process for."""
         self._closed.set()
         if self._watching is not None:
-            self._watching.join()
+            self._watching.join(_CLOSE_S)
+        with self._lock:
+            coming = list(self._coming.values())
+        for actor in coming:
+            ray.kill(actor)
+        for thread in self._replacing:
+            thread.join(_CLOSE_S)
 
     def _look(self) -> None:
         while not self._closed.is_set():
@@ -199,11 +212,17 @@ class EnginePool:
         start = time.monotonic()
         try:
             ray.kill(member.actor)
-            actor = self._make(member.index)
+            with self._lock:
+                # Either `close` sees the actor, or there is none.
+                if self._closed.is_set():
+                    return
+                actor = self._coming[member.index] = self._make(member.index)
             deadline.get(
                 actor.start.remote(), member.name, timeout_s=self._start_timeout_s, phase="start after a loss"
             )
         except (RayError, BasculeError) as error:
+            if self._closed.is_set():
+                return
             with self._lock:
                 slot = self._slots[member.index]
                 why = f"{slot.why}; then {_first_line(error)}"
@@ -214,6 +233,7 @@ class EnginePool:
         following = replace(member, incarnation=member.incarnation + 1, actor=actor)
         watching = actor.watch.remote()
         with self._lock:
+            del self._coming[member.index]
             self._slots[member.index] = _Slot(member=following, state="new")
             self._watched[watching] = following
             self.recoveries += 1

@@ -27,10 +27,16 @@ def _folder(package: str) -> Path:
     return Path(file).resolve().parent.parent
 
 
-def resolve_device(device: str) -> str:
-    """`cpu` or `cuda`; `auto` is cuda where torch finds one. Raises ConfigError for cuda without one."""
+def resolve_device(device: str, *, elsewhere: bool = False) -> str:
+    """`cpu` or `cuda`; `auto` is cuda where torch finds one. Raises ConfigError for cuda without one.
+
+    What is asked for is taken as it is when it is `elsewhere`: on the nodes of a cluster, of which the one that
+    a run is driven from may have no GPU.
+    """
     import torch
 
+    if device != "auto" and elsewhere:
+        return device
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():

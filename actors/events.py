@@ -5,6 +5,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
+from bridge.partial_directory import naming
+
 
 class Event(Protocol):
     """Who is told of an event."""
@@ -32,5 +34,5 @@ class EventLog:
         """Add a line with the time in UTC."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         row = {"time": now, "step": step, "kind": kind, "text": text, **details}
-        with self._path.open("a") as file:
+        with naming(self._path), self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")

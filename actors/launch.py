@@ -7,7 +7,8 @@ from pathlib import Path
 
 from actors.bridge import WeightBridge
 from actors.console import Console
-from actors.engine_group import EngineGroup, create_engines
+from actors.engine_group import EngineGroup
+from actors.engine_start import create_engines
 from actors.events import Event
 from actors.metrics import warn
 from actors.placement import Reservation
@@ -23,6 +24,11 @@ class Launched:
     trainers: TrainerGroup
     engines: EngineGroup
     weights: WeightBridge
+
+    def reconnect(self) -> None:
+        """The trainers are other processes: what engines do is given up, and the bridge joins them anew."""
+        self.engines.give_up()
+        self.weights.trainers_restarted()
 
 
 @contextmanager

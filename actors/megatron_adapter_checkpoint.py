@@ -31,7 +31,7 @@ def save_adapter(
 ) -> Path:
     """As save_torch_dist, but only of the parameters that are trained: adapters and modules_to_save."""
     return save_state(
-        _Trained(chunks),
+        Trained(chunks),
         directory,
         optimizer=optimizer,
         scheduler=scheduler,
@@ -47,10 +47,10 @@ def load_adapter(
 
     The adapters must be attached already. Raises like load_torch_dist.
     """
-    return load_state(_Trained(chunks), directory, optimizer=optimizer, scheduler=scheduler)
+    return load_state(Trained(chunks), directory, optimizer=optimizer, scheduler=scheduler)
 
 
-class _Trained:
+class Trained:
     """Adapters, and the base parameters that require a gradient, of this rank's chunks."""
 
     def __init__(self, chunks: Sequence[MegatronModule]) -> None:

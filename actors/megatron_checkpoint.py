@@ -23,6 +23,7 @@ from actors.checkpoint_files import (
     iteration_name,
     write_latest,
 )
+from actors.megatron_background import PlannedSave, plan_save
 from actors.megatron_checkpoint_fit import clear_new_padding, mismatches
 from actors.megatron_lora import detached
 from bridge.partial_directory import make_partial, partial_of, put_in_place
@@ -73,7 +74,7 @@ def save_torch_dist(
     WriteError on every rank, naming the directory; the unfinished part is then removed.
     """
     return save_state(
-        _Models(chunks),
+        Models(chunks),
         directory,
         optimizer=optimizer,
         scheduler=scheduler,
@@ -114,6 +115,26 @@ def save_state(
     return final
 
 
+def plan_torch_dist(
+    part: Saved, directory: Path, *, optimizer: Any = None, iteration: int
+) -> tuple[PlannedSave, Path]:
+    """Copy what save_state would write as `directory`/iter_NNNNNNN, to be written later; every rank must call it.
+
+    Returns that directory as well, which exists then and is no checkpoint before rank 0 has finished it. Raises
+    WriteError on every rank.
+    """
+    folder = directory / iteration_name(iteration)
+    _on_rank_0(f"{folder} cannot be created", lambda: folder.mkdir(parents=True))
+    state = _state(part, _CONTENT, optimizer, is_loading=False)
+    state |= {"checkpoint_version": 3.0, "iteration": iteration}
+    planned = _together(
+        f"{folder}: the state could not be copied",
+        lambda: plan_save(state, folder, dict(_CONTENT)),
+        WriteError,
+    )
+    return planned, folder
+
+
 def load_torch_dist(
     chunks: Sequence[MegatronModule],
     directory: Path,
@@ -130,7 +151,7 @@ def load_torch_dist(
     checkpoint, and MegatronCheckpointError, on every rank and before a parameter changes, listing by name
     every missing, unexpected and mis-shaped tensor and every truncated file. Adapters are left as they are.
     """
-    return load_state(_Models(chunks), directory, optimizer=optimizer, scheduler=scheduler, ignored=ignored)
+    return load_state(Models(chunks), directory, optimizer=optimizer, scheduler=scheduler, ignored=ignored)
 
 
 def load_state(
@@ -167,7 +188,7 @@ def holds(directory: Path, prefix: str) -> bool:
     return any(key.startswith(prefix) for key in metadata.state_dict_metadata)
 
 
-class _Models:
+class Models:
     """Whole models, without their adapters, under Megatron-LM's names."""
 
     def __init__(self, chunks: Sequence[MegatronModule]) -> None:

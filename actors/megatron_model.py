@@ -21,6 +21,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from actors.megatron_balance import ExpertBalance
 from actors.megatron_context import ContextShare
 from actors.megatron_logprobs import vocab_parallel_logprobs
 from actors.megatron_lora import adapters_off, sum_expert_gradients
@@ -128,6 +129,16 @@ class FrozenModel:
             results = run_schedule(self.chunks, micro_batches, finish, self.config, forward_only=True)
         return results if parallel_state.is_pipeline_last_stage() else None
 
+    def pass_over(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """A forward pass for what happens in it: nothing comes back, and no logits are made."""
+        # Megatron then returns the hidden states that it would have put into the output layer.
+        head = self.chunks[-1]
+        has_output, head.post_process = head.post_process, False
+        try:
+            self.evaluate(micro_batches, lambda share, output: (output.new_zeros(()), None))
+        finally:
+            head.post_process = has_output
+
     def predictions(self, share: ContextShare, output: torch.Tensor, temperature: float) -> Predictions:
         """What the last stage's `output` [1, L, V / TP] says of the labels of this rank's tokens."""
         logprobs_T, entropy_T = vocab_parallel_logprobs(
@@ -162,6 +173,7 @@ class MegatronModel:
         self._model = FrozenModel(run.trainer, dtype, spec, device=device, load=load, adapt=adapt)
         config = self._model.config
         config.finalize_model_grads_func = _finalize_gradients
+        self._balance = ExpertBalance(self.chunks, config, run.trainer)
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=run.trainer.use_distributed_optimizer,
@@ -220,20 +232,21 @@ class MegatronModel:
             raise BasculeError(
                 f"optimizer step {number}: num_loss_tokens is {num_loss_tokens}, nothing to learn"
             )
-        for chunk in self._wrapped:
-            chunk.train()
-            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         finish = partial(self._token_loss, loss, denominator, temperature, divergence)
         config = self._model.config
-        parts = run_schedule(self._wrapped, micro_batches, finish, config, forward_only=False)
+        with self._balance.of_step(partial(self._model.pass_over, micro_batches)) as load:
+            for chunk in self._wrapped:
+                chunk.train()
+                chunk.zero_grad_buffer()
+            parts = run_schedule(self._wrapped, micro_batches, finish, config, forward_only=False)
         means = _reduce_sums(parts, self._model.device, num_loss_tokens, denominator)
         _check_finite(number, "loss", means["loss"])
         grad_norm = self._apply_gradients(number)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         self.scheduler.step(increment=1)
         return StepResult(
-            loss=means.pop("loss"), grad_norm=grad_norm, learning_rate=learning_rate, metrics=means
+            loss=means.pop("loss"), grad_norm=grad_norm, learning_rate=learning_rate, metrics=means | load
         )
 
     def _token_loss(

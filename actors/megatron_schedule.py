@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_attr_wrapped_model
 
 from actors.megatron_context import ContextShare, shares_of
 from algorithms.data import MicroBatch
@@ -41,7 +43,7 @@ def run_schedule(
 
     def forward_step(rest: Iterator[tuple[ContextShare, Finish]], model: torch.nn.Module) -> Any:
         share, last = next(rest)
-        return _forward(share, model), partial(_finish_without_tokens, last, share)
+        return _forward(share, model, config), partial(_finish_without_tokens, last, share)
 
     iterators = [iter(steps) for _ in models]
     results = get_forward_backward_func()(
@@ -56,7 +58,7 @@ def run_schedule(
     return results[: len(shares)]
 
 
-def _forward(share: ContextShare, model: torch.nn.Module) -> torch.Tensor:
+def _forward(share: ContextShare, model: torch.nn.Module, config: TransformerConfig) -> torch.Tensor:
     device = next(model.parameters()).device
     starts = torch.tensor(share.starts_S, dtype=torch.int32, device=device)
     longest = int(np.diff(share.starts_S).max())
@@ -69,7 +71,20 @@ def _forward(share: ContextShare, model: torch.nn.Module) -> torch.Tensor:
     )
     rows = (share.mine(row) for row in (share.batch.tokens_T, share.batch.positions_T))
     tokens, positions = (torch.tensor(row, dtype=torch.int64, device=device)[None] for row in rows)
-    return model(tokens, positions, None, packed_seq_params=packed)
+    padding = None if config.num_moe_experts is None else _padding(share, model, config, device)
+    return model(tokens, positions, None, packed_seq_params=packed, padding_mask=padding)
+
+
+def _padding(
+    share: ContextShare, model: torch.nn.Module, config: TransformerConfig, device: torch.device
+) -> torch.Tensor:
+    """True [1, L] where a token belongs to no sample: routers do not count it."""
+    mask = torch.tensor(~share.mine(share.batch.in_sample), device=device)
+    # The first stage shares it out itself.
+    if config.sequence_parallel and not get_attr_wrapped_model(model, "pre_process"):
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        mask = mask.chunk(config.tensor_model_parallel_size)[rank]
+    return mask[None]
 
 
 def _no_loss(share: ContextShare, output: torch.Tensor) -> tuple[torch.Tensor, None]:

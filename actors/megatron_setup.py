@@ -81,6 +81,7 @@ def initialize_megatron(
             f"trainer rank {rank}: the {world_size} ranks did not all join at {init_method} within "
             f"{timeout_s:.0f} s; look for a rank that died, or raise cluster.collective_timeout_s ({error})"
         ) from error
+    torch.use_deterministic_algorithms(_is_deterministic(layout))
     parallel_state.initialize_model_parallel(
         **model_parallel_options(layout),
         # Declared as whole minutes, used only to make a timedelta.
@@ -139,12 +140,17 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         use_cpu_initialization=device == "cpu",
         perform_initialization=False,
+        deterministic_mode=_is_deterministic(layout),
         **_recompute_options(layout),
     )
     # Megatron has no fields for these; its attention and GPTModel read them from the configuration.
     for name, value in (spec.yarn or {}).items():
         setattr(config, f"yarn_{name}", value)
     return config
+
+
+def _is_deterministic(layout: LayoutConfig) -> bool:
+    return isinstance(layout, TrainerConfig) and layout.deterministic_mode
 
 
 def _parallel_options(layout: LayoutConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a run writes while it goes: metrics, completions, their tokens, events, TensorBoard, one line a step."""
 
+import contextlib
 import json
 import math
 import os
@@ -11,10 +12,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from actors.console import Console
+from actors.ending import EndedEarlyError
 from actors.events import EventLog
-from actors.resume_state import FOLDER, KEPT, State, forget, truncate_files
+from actors.resume_state import FOLDER, RESULT, State, forget, truncate_files
+from actors.status_file import StatusFile
 from algorithms.data import FloatRow, Scored, TokenRecord
 from algorithms.stored_rollouts import stored_row
+from bridge.partial_directory import naming
+from configs.errors import WriteError
 
 _FILES = ("metrics.jsonl", "rollouts.jsonl", "tokens.jsonl", "events.jsonl")
 _PHASES = ("generate", "train", "sync")
@@ -48,6 +53,7 @@ class RunRecorder:
         self._algorithm = algorithm
         self._token_texts = token_texts or (lambda ids: list(map(str, ids)))
         self._log = EventLog(directory / "events.jsonl")
+        self.status = StatusFile(directory)
         self._made = time.monotonic()
         self._state = state
         self._last = 0 if state is None else state.step
@@ -61,6 +67,9 @@ class RunRecorder:
         row = {"step": step, **metrics}
         self._last = step
         self.rows.append(row)
+        path = self._directory / _FILES[0]
+        if not path.exists():
+            raise WriteError(f"{path} is gone, with what else was in the run directory")
         self._write(row)
         self._console.line(self._line(step, metrics))
         self._console.progress(step, self._max_steps)
@@ -98,10 +107,16 @@ class RunRecorder:
 
     def event(self, step: int | None, kind: str, text: str, **details: object) -> None:
         """Write what happened; a step of None is the one under way. Works before and after the `with` as well."""
+        if kind == "restart":
+            self.status.restarted()
         self.swapped |= kind == "reward" and not details.get("refused", False)
         self._log.write(self._last + 1 if step is None else step, kind, text, **finite_or_none(details))
 
     def _write(self, row: Mapping[str, float]) -> None:
+        with naming(self._directory / _FILES[0]):
+            self._write_metrics(row)
+
+    def _write_metrics(self, row: Mapping[str, float]) -> None:
         self._metrics.write(json.dumps(finite_or_none(row)) + "\n")
         self._metrics.flush()
         for name, value in row.items():
@@ -110,11 +125,12 @@ class RunRecorder:
         self._events.flush()
 
     def _write_rollouts(self, step: int, split: str, scored: Iterable[Scored]) -> None:
-        for each in scored:
-            for number in range(len(each.group.rollouts)):
-                row = stored_row(step, split, each, number)
-                self._rollouts.write(json.dumps(row) + "\n")
-        self._rollouts.flush()
+        with naming(self._directory / _FILES[1]):
+            for each in scored:
+                for number in range(len(each.group.rollouts)):
+                    row = stored_row(step, split, each, number)
+                    self._rollouts.write(json.dumps(row) + "\n")
+            self._rollouts.flush()
 
     def _line(self, step: int, metrics: Mapping[str, float]) -> str:
         width = len(str(self._max_steps))
@@ -129,14 +145,7 @@ class RunRecorder:
     def __enter__(self) -> Self:
         """Open the files, replacing those of an earlier run, or cutting off what came after the state. Not sooner:
         a start that fails must cost nothing."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        if self._state is None:
-            self._start_anew()
-        else:
-            self._go_on(self._state)
-        metrics, rollouts, tokens, _ = (self._directory / name for name in _FILES)
-        self._metrics, self._rollouts, self._tokens = metrics.open("a"), rollouts.open("a"), tokens.open("a")
+        self._open(self._state)
         self._started = time.monotonic()
         seconds = self._started - self._made
         kind, begins = (
@@ -144,33 +153,66 @@ class RunRecorder:
         )
         text = f"{self._algorithm or 'run'} {begins}, {seconds:.1f} s after its start"
         self.event(self._last, kind, text, algorithm=self._algorithm, seconds=round(seconds, 1))
-        purge_step = None if self._state is None else self._last + 1
-        self._events = SummaryWriter(str(self._directory / "tensorboard"), purge_step=purge_step)
         return self
 
-    def _start_anew(self) -> None:
+    def go_back(self, state: State | None) -> None:
+        """Forget what was recorded after `state`, or everything; events since stay, for they did happen."""
+        self._close()
+        self._last = 0 if state is None else state.step
+        self.rows.clear()
+        self.evaluations.clear()
+        self._open(state, _FILES[:-1])
+
+    def _open(self, state: State | None, cut: Sequence[str] = _FILES) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if state is None:
+            self._start_anew(cut)
+        else:
+            self._go_on(state, cut)
+        metrics, rollouts, tokens, _ = (self._directory / name for name in _FILES)
+        self._metrics, self._rollouts, self._tokens = metrics.open("a"), rollouts.open("a"), tokens.open("a")
+        purge_step = None if state is None else self._last + 1
+        self._events = SummaryWriter(str(self._directory / "tensorboard"), purge_step=purge_step)
+
+    def _close(self) -> None:
+        self._metrics.close()
+        self._rollouts.close()
+        self._tokens.close()
+        self._events.close()
+
+    def _start_anew(self, cut: Sequence[str]) -> None:
         for name in ("tensorboard", "checkpoint", FOLDER):
             shutil.rmtree(self._directory / name, ignore_errors=True)
-        for name in ("result.json", "curve.png", "last", "best"):
+        for name in (RESULT, "curve.png", "last", "best"):
             (self._directory / name).unlink(missing_ok=True)
-        for name in _FILES:
+        for name in cut:
             (self._directory / name).write_text("")
 
-    def _go_on(self, state: State) -> None:
-        forget(self._directory, after=state.step, keep=KEPT)
-        for name in ("result.json", "curve.png"):
+    def _go_on(self, state: State, cut: Sequence[str]) -> None:
+        forget(self._directory, lambda steps: {step for step in steps if step <= state.step})
+        for name in (RESULT, "curve.png"):
             (self._directory / name).unlink(missing_ok=True)
-        truncate_files(self._directory, state.manifest.files)
+        sizes = state.manifest.files
+        truncate_files(self._directory, {name: size for name, size in sizes.items() if name in cut})
         self.swapped = state.manifest.swapped
         for line in (self._directory / "metrics.jsonl").read_text().splitlines():
             row = {name: math.nan if value is None else value for name, value in json.loads(line).items()}
             (self.evaluations if any(name.startswith("eval/") for name in row) else self.rows).append(row)
 
+    def line(self, text: str) -> None:
+        """Show a line to whoever reads along."""
+        self._console.line(text)
+
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file of records, all of which are on disk."""
+        """Bytes of each file of records; nothing before they are opened."""
+        found = [self._directory / name for name in _FILES]
+        return {path.name: path.stat().st_size for path in found if path.is_file()}
+
+    def sync(self) -> None:
+        """Wait until all records are on disk."""
         for file in (self._metrics, self._rollouts, self._tokens):
             os.fsync(file.fileno())
-        return {name: (self._directory / name).stat().st_size for name in _FILES}
 
     def __exit__(
         self,
@@ -180,13 +222,16 @@ class RunRecorder:
     ) -> None:
         seconds = time.monotonic() - self._started
         outcome = "ended" if error is None else "failed" if isinstance(error, Exception) else "interrupted"
+        if isinstance(error, EndedEarlyError):
+            outcome = "interrupted"
         why = f": {type(error).__name__}: {error}".partition("\n")[0] if outcome == "failed" else ""
         text = f"training {outcome} after {seconds:.1f} s{why}"
-        self.event(self._last, "end", text, seconds=round(seconds, 1), outcome=outcome)
-        self._metrics.close()
-        self._rollouts.close()
-        self._tokens.close()
-        self._events.close()
+        # Where nothing can be written any more, why the run failed says more.
+        hidden = (WriteError, OSError) if error is not None else ()
+        with contextlib.suppress(*hidden):
+            self.event(self._last, "end", text, seconds=round(seconds, 1), outcome=outcome)
+        with contextlib.suppress(*hidden):
+            self._close()
 
 
 def _short(value: float) -> float | None:

@@ -29,6 +29,9 @@ def check_model(source: ModelSource, config: RunConfig, *, has_engines: bool) ->
     if has_engines:
         check_engines(source.directory, hf_config, config.rollout.tensor_parallel_size)
     check_layout(spec, config.trainer)
+    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+        if getattr(config.trainer, name) > 0 and not spec.num_experts:
+            raise ConfigError(f"trainer.{name}: {source.directory} has no experts; leave it at 0")
     contents = read_contents(source)
     if has_engines:
         check_not_quantized(source, hf_config, contents)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -15,6 +16,8 @@ from configs.schema import LayoutConfig, RunConfig
 
 _GIB = 1 << 30
 _SMALL_CPUS = 0.1
+# What is no group of nodes by itself works beside the engines.
+_BESIDE = {"engine": "rollout", "reward": "rollout", "environment": "rollout"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +34,11 @@ class Bundle:
         """In Ray's terms."""
         asked = {"CPU": self.cpus, "memory": float(self.memory)}
         return asked | ({"GPU": float(self.gpus)} if self.gpus else {})
+
+    @property
+    def nodes(self) -> str:
+        """Whose nodes it belongs on: the value of `cluster.node_label` there."""
+        return _BESIDE.get(self.owner, self.owner)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,19 +168,25 @@ def export_bundles(config: ExportConfig, size: ModelSize, device: str) -> tuple[
     return (rank,) * layout.world_size
 
 
-def reserve(bundles: Sequence[Bundle], *, timeout_s: float, can_grow: bool) -> Reservation:
+def reserve(
+    bundles: Sequence[Bundle], *, timeout_s: float, can_grow: bool, node_label: str | None = None
+) -> Reservation:
     """Reserve all bundles or none, waiting at most `timeout_s`; at once when the cluster cannot grow.
 
-    Raises BasculeError saying what was asked and what exists.
+    With a `node_label` each bundle goes to nodes whose label of that name is Bundle.nodes. Raises BasculeError
+    saying what was asked and what exists.
     """
     exists = ray.cluster_resources()
     asked = _total(bundles)
     if not can_grow and any(exists.get(name, 0) < amount for name, amount in asked.items()):
         raise BasculeError(_shortage(bundles, asked, exists, waited=0))
-    group = placement_group([bundle.resources for bundle in bundles], strategy="PACK")
+    selectors = [] if node_label is None else [{node_label: bundle.nodes} for bundle in bundles]
+    labels: dict[str, Any] = {"bundle_label_selector": selectors} if selectors else {}
+    group = placement_group([bundle.resources for bundle in bundles], strategy="PACK", **labels)
     if not group.wait(timeout_s):
         remove_placement_group(group)
-        raise BasculeError(_shortage(bundles, asked, ray.available_resources(), waited=timeout_s))
+        message = _shortage(bundles, asked, ray.available_resources(), waited=timeout_s)
+        raise BasculeError(message + _labels(bundles, node_label))
     return Reservation(group=group, bundles=tuple(bundles))
 
 
@@ -184,6 +198,20 @@ def describe(bundles: Sequence[Bundle]) -> str:
     return "\n".join(
         f"  {count} x {bundle.owner}: {bundle.cpus:g} CPU, {bundle.gpus} GPU, {bundle.memory / _GIB:.1f} GiB"
         for bundle, count in counts.items()
+    )
+
+
+def _labels(bundles: Sequence[Bundle], node_label: str | None) -> str:
+    """What the nodes' labels have to be, for a message; they may be what is missing."""
+    if node_label is None:
+        return ""
+    found = sorted(
+        {node.get("Labels", {}).get(node_label, "(none)") for node in ray.nodes() if node["Alive"]}
+    )
+    wanted = sorted({bundle.nodes for bundle in bundles})
+    return (
+        f"\ncluster.node_label: nodes with {node_label} = {', '.join(wanted)} are needed; those that there are "
+        f"have {', '.join(found)}"
     )
 
 

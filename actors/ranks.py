@@ -12,13 +12,23 @@ from actors.placement import Reservation
 from bridge.transport.gloo import free_port
 from configs.schema import ClusterConfig, LayoutConfig
 
+# Has to be there before CUDA starts: a workspace for cuBLAS that does not change, and one order of sums for NCCL.
+_DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
+
 
 def start_ranks(
-    kind: type, reservation: Reservation, owner: str, count: int, arguments: Sequence[Any]
+    kind: type,
+    reservation: Reservation,
+    owner: str,
+    count: int,
+    arguments: Sequence[Any],
+    *,
+    deterministic: bool = False,
 ) -> list[Any]:
     """Actors of `kind`, made with (*arguments, rank), in the reserved bundles of `owner`."""
     actor_class = ray.remote(kind)
     env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    env |= _DETERMINISTIC if deterministic else {}
     return [
         actor_class.options(**reservation.options(owner, rank), runtime_env={"env_vars": env}).remote(
             *arguments, rank

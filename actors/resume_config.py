@@ -47,7 +47,11 @@ _ALLOWED: tuple[tuple[str, str], ...] = (
     ("trainer.packing", _ROUNDING),
     ("trainer.recompute_granularity", _NO_MATTER),
     ("trainer.recompute_num_layers", _NO_MATTER),
-    ("trainer.clip_grad", "used from here on"),
+    *(
+        (f"trainer.{name}", "used from here on")
+        for name in ("clip_grad", "moe_aux_loss_coeff", "moe_z_loss_coeff")
+    ),
+    ("trainer.deterministic_mode", _ROUNDING),
     ("trainer", _LAYOUT),
     ("rollout", "completions may differ in rounding from here on"),
     ("bridge", "weights travel another way"),

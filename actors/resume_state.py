@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,9 +17,8 @@ from configs.schema import RunConfig
 
 FOLDER = "resume"
 MANIFEST = "manifest.json"
-KEPT = 2
-"""How many states of a run are kept."""
-_FORMAT = 1
+RESULT = "result.json"
+_FORMAT = 2
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -48,6 +47,8 @@ class Manifest:
     """What CheckpointLinks remembers."""
     swapped: bool
     """Whether rewards had been replaced by `bascule reward reload`."""
+    rewards: Sequence[Mapping[str, Any]] | None = None
+    """The rewards in use, with the text of their files and its hash, where they had been replaced."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,18 +136,30 @@ def find_state(config: RunConfig, run: Path) -> State | None:
         return read_state(path)
     found = states(run)
     # A run that has finished is not one that was cut off.
-    return read_state(found[-1]) if found and not (run / "result.json").exists() else None
+    return read_state(found[-1]) if found and not has_finished(run) else None
 
 
-def forget(run: Path, *, after: int, keep: int) -> None:
-    """Remove states of steps later than `after`, and the older ones beyond `keep`, and what is incomplete."""
-    kept = (
-        [path for path in states(run) if int(path.name.removeprefix("step-")) <= after][-keep:]
-        if keep
-        else []
-    )
+def has_finished(run: Path) -> bool:
+    """Whether the run in this directory came to its last step."""
+    try:
+        return json.loads((run / RESULT).read_text()).get("finished", True)
+    except OSError:
+        return False
+    except ValueError:
+        # It was cut off while it wrote that it had finished.
+        return False
+
+
+def step_of(state: Path) -> int:
+    """After which step the state in this directory was written."""
+    return int(state.name.removeprefix("step-"))
+
+
+def forget(run: Path, keep: Callable[[Sequence[int]], Set[int]]) -> None:
+    """Remove states, and what is incomplete; `keep` says of the steps of all of them which stay."""
+    kept = keep([step_of(path) for path in states(run)])
     for path in (run / FOLDER).glob("step-*"):
-        if path not in kept:
+        if not (_NAME.fullmatch(path.name) and step_of(path) in kept):
             # Under another name it is no state any more, however far the removal comes.
             gone = path.rename(partial_of(path)) if _NAME.fullmatch(path.name) else path
             shutil.rmtree(gone, ignore_errors=True)

@@ -4,7 +4,7 @@ Files, because the two may run on different machines that share nothing but the 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,19 @@ def read_rewards(directory: Path) -> tuple[RewardConfig, ...]:
 
 def post_request(directory: Path, sources: Sequence[RewardSource], number: str) -> None:
     """Ask the run for these rewards; appears as a whole. The sources carry the text that was checked."""
-    rows = [asdict(source) | {"config": source.config.model_dump(mode="json")} for source in sources]
-    _write(directory / _REQUEST, {"number": number, "sources": rows})
+    _write(directory / _REQUEST, {"number": number, "sources": rows_of(sources)})
+
+
+def rows_of(sources: Sequence[RewardSource]) -> list[dict[str, Any]]:
+    """Rewards with the text of their files, as JSON has them."""
+    return [asdict(source) | {"config": source.config.model_dump(mode="json")} for source in sources]
+
+
+def sources_of(rows: Sequence[Mapping[str, Any]]) -> tuple[RewardSource, ...]:
+    """The rewards that rows_of wrote."""
+    return tuple(
+        RewardSource(**{**row, "config": RewardConfig.model_validate(row["config"])}) for row in rows
+    )
 
 
 def withdraw_request(directory: Path) -> bool:
@@ -87,10 +98,7 @@ def take_request(directory: Path) -> tuple[str, tuple[RewardSource, ...]] | None
         return None
     content: dict[str, Any] = json.loads(taken.read_text())
     taken.unlink()
-    return content["number"], tuple(
-        RewardSource(**{**row, "config": RewardConfig.model_validate(row["config"])})
-        for row in content["sources"]
-    )
+    return content["number"], sources_of(content["sources"])
 
 
 def post_answer(directory: Path, number: str, *, step: int, error: str | None) -> None:

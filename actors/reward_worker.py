@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.deadline import ActorLostError, DeadlineExceededError, get, get_all
 from actors.events import Event, unheard
-from actors.reward_swap import post_answer, take_request
+from actors.reward_swap import post_answer, take_request, write_rewards
 from actors.worker_group import end_workers, place_of
 from algorithms.data import Group, Prompt, Rollout, Scored, Verdict
 from algorithms.rewards.child import Loaded
@@ -342,6 +342,14 @@ class SwappableRewards:
         self._group, self._directory = group, directory
         group.tell(event)
         self._event, self._timeout_s = event, timeout_s
+        self.replaced: tuple[RewardSource, ...] | None = None
+        """The rewards in use, when they are not those of the config."""
+
+    def restore(self, sources: Sequence[RewardSource]) -> None:
+        """Use rewards that were replaced before the run was cut off. Raises ConfigError when they do not load."""
+        self._group.reload(sources, self._timeout_s)
+        self.replaced = tuple(sources)
+        write_rewards(self._directory, [source.config for source in sources])
 
     def score(self, groups: Iterable[Group]) -> Iterator[Scored]:
         """See RewardGroup."""
@@ -360,6 +368,7 @@ class SwappableRewards:
             self._event(step, "reward", f"other rewards were refused: {error}", refused=True)
             return
         post_answer(self._directory, number, step=step, error=None)
+        self.replaced = sources
         names = ", ".join(source.name for source in sources)
         self._event(
             step,

@@ -1,6 +1,5 @@
 """A run from its config to its checkpoint: everything is checked before anything is started."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,26 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from actors.adapter_source import find_adapter, read_adapter
-from actors.cluster import connect
+from actors.cluster import connect, device_of
 from actors.console import Console
-from actors.distill import Lessons, describe_lessons, make_lessons, run_gkd
+from actors.deadline import DeadlineExceededError, observed
+from actors.distill import Lessons, make_lessons, run_gkd
+from actors.draining import watched
+from actors.ending import EndedEarlyError, Ending
 from actors.engine_episode import check_template
 from actors.engine_support import check_adapter_modules
-from actors.env import check_one_source, resolve_device
+from actors.env import check_one_source
 from actors.lengths import check_micro_batches, check_prompts
-from actors.metrics import RunRecorder, finite_or_none, headline, plot_curve, warn
+from actors.metrics import RunRecorder, warn
 from actors.model_check import CheckedModel, check_model, check_same_shape
 from actors.model_source import find_model, load_tokenizer, model_size
 from actors.placement import Bundle, Reservation, bundles_of, reserve
-from actors.resume import StateKeeper, look_for_state
+from actors.restart import train_on
+from actors.resume import StateKeeper, forget_auto, look_for_state, rewards_of
 from actors.resume_state import State
-from actors.reward_swap import write_rewards
+from actors.reward_swap import rows_of, sources_of, write_rewards
 from actors.run_directory import make_directory
+from actors.run_lock import RunLock, hold
+from actors.run_result import write_early_end, write_result
+from actors.stacks import describe_bundle, write_bundle
 from actors.teacher import (
     Teacher,
     check_column,
     check_teacher_room,
-    describe_teacher,
     find_teacher,
     open_teacher,
     source_in_trainer,
@@ -40,7 +45,6 @@ from algorithms.conversations import Samples, make_prompts, make_sft_samples
 from algorithms.data import Prompt
 from algorithms.datasets import read_splits
 from algorithms.environments.loading import Environment, load_environment
-from algorithms.formula import doubts, loss_line
 from algorithms.prompts import PromptStream
 from algorithms.rewards.loading import Reward, load_rewards
 from algorithms.rewards.signature import check_arguments
@@ -82,7 +86,7 @@ class Prepared:
 def prepare(config: RunConfig) -> Prepared:
     """Check model, layout, data and rewards. Raises BasculeError about the first thing that is wrong."""
     check_one_source()
-    device = resolve_device(config.model.device)
+    device = device_of(config)
     is_grpo, has_engines = config.algorithm == "grpo", config.has_engines
     if has_engines and device == "cpu" and config.bridge.transport == "cupy_nccl":
         raise ConfigError(
@@ -203,6 +207,12 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     started = time.monotonic()
     prepared = prepare(config)
     config = prepared.config
+    with hold(config.output_dir.resolve()) as lock:
+        return _run(prepared, lock, started, console)
+
+
+def _run(prepared: Prepared, lock: RunLock, started: float, console: Console) -> dict[str, Any]:
+    config = prepared.config
     prepared = replace(prepared, state=look_for_state(config, config.output_dir.resolve(), console))
     directory = make_directory(config, prepared.sources, resumes=prepared.state is not None)
     console.line(f"run directory: {directory}")
@@ -213,34 +223,56 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
         token_texts=texts,
         state=prepared.state,
     )
-    with connect(config.cluster) as cluster:
-        train = {"grpo": _run_grpo, "gkd": run_gkd, "sft": _run_sft}[config.algorithm]
-        try:
-            reservation = reserve(
-                prepared.bundles, timeout_s=config.cluster.placement_timeout_s, can_grow=not cluster.local
-            )
-            train(config, prepared, reservation, recorder, directory, console)
-        except BasculeError:
-            console.line(f"what the actors printed is in {cluster.logs}")
-            raise
-        curve = directory / "curve.png"
-        plot_curve(recorder, curve)
+    try:
+        with Ending(config, console, started) as ending:
+            _start_and_train(prepared, recorder, lock, directory, ending, console)
+    except EndedEarlyError as error:
+        write_early_end(directory, recorder, error)
+        raise
     if recorder.swapped:
         console.line("rewards were replaced meanwhile: accuracies may be of different ones, see events.jsonl")
-    result: dict[str, Any] = {
-        "checkpoint": str(directory / "checkpoint"),
-        "curve": str(curve),
-        "seconds_train": round(time.monotonic() - started, 1),
-    }
-    if recorder.evaluations:
-        first, last = recorder.evaluations[0], recorder.evaluations[-1]
-        name = headline(first)
-        measured = {f"{name}_before": first[f"eval/{name}"], f"{name}_after": last[f"eval/{name}"]}
-        if name == "loss":
-            measured["loss_best"] = last["eval/best_loss"]
-        result = finite_or_none(measured | result)
-    (directory / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    result = write_result(directory, recorder, seconds=time.monotonic() - started)
+    forget_auto(config, directory)
     return result
+
+
+def _start_and_train(
+    prepared: Prepared,
+    recorder: RunRecorder,
+    lock: RunLock,
+    directory: Path,
+    ending: Ending,
+    console: Console,
+) -> None:
+    config = prepared.config
+    train = {"grpo": _run_grpo, "gkd": run_gkd, "sft": _run_sft}[config.algorithm]
+    try:
+        with connect(config.cluster) as cluster:
+            # Ray has put a handler of its own in place of ours.
+            ending.install()
+            lock.tell_address(cluster.address, cluster.job)
+            try:
+                reservation = reserve(
+                    prepared.bundles,
+                    timeout_s=config.cluster.placement_timeout_s,
+                    can_grow=not cluster.local,
+                    node_label=None if cluster.local else config.cluster.node_label,
+                )
+                with watched(reservation, ending), observed(recorder.status.waiting):
+                    train(config, prepared, reservation, recorder, directory, console, ending)
+            except EndedEarlyError:
+                raise
+            except BasculeError as error:
+                if isinstance(error, DeadlineExceededError):
+                    console.line(describe_bundle(write_bundle(directory, error)))
+                console.line(f"what the actors printed is in {cluster.logs}")
+                raise
+    except KeyboardInterrupt:
+        if ending.reason is None or ending.at_once:
+            raise
+        # Told to end before its first step.
+        step = 0 if prepared.state is None else prepared.state.step
+        raise EndedEarlyError(ending.reason, step, step or None) from None
 
 
 def _run_grpo(
@@ -250,6 +282,7 @@ def _run_grpo(
     recorder: RunRecorder,
     directory: Path,
     console: Console,
+    ending: Ending,
 ) -> None:
     from actors.environment_worker import create_environment
     from actors.launch import launch
@@ -274,19 +307,29 @@ def _run_grpo(
             actors.engines.play_with(environment.worker_for)
         asked.ready(config.cluster.start_timeout_s)
         console.line(f"trainers, engines and bridge are up after {time.monotonic() - start:.1f}s")
+        swappable = SwappableRewards(judge, directory, recorder.event, config.cluster.start_timeout_s)
+        replaced = rewards_of(prepared.state, config)
+        if replaced is not None:
+            swappable.restore(sources_of(replaced))
         roles = Roles(
             trainer=actors.trainers,
             sampler=actors.engines,
-            judge=SwappableRewards(judge, directory, recorder.event, config.cluster.start_timeout_s),
+            judge=swappable,
             weights=actors.weights,
             recorder=recorder,
             teacher=asked.teacher,
         )
         prompts = PromptStream(prepared.prompts, seed=config.seed, shuffle=config.data.shuffle)
-        streams = {"prompts": prompts}
-        keeper = StateKeeper(config, directory, actors.trainers, recorder, streams, prepared.state)
-        with recorder:
-            grpo.train(config, roles, prompts, prepared.held_out, keeper)
+        keeper = StateKeeper(
+            *(config, directory, actors.trainers, recorder, {"prompts": prompts}, prepared.state, ending),
+            rewards=lambda: None if swappable.replaced is None else rows_of(swappable.replaced),
+        )
+        with recorder, keeper:
+            train_on(
+                lambda: grpo.train(config, roles, prompts, prepared.held_out, keeper),
+                *(config, actors.trainers, keeper, recorder),
+                reconnect=actors.reconnect,
+            )
     actors.trainers.save_last()
     judge.close()
     if environment is not None:
@@ -300,6 +343,7 @@ def _run_sft(
     recorder: RunRecorder,
     directory: Path,
     console: Console,
+    ending: Ending,
 ) -> None:
     start = time.monotonic()
     sources, event = prepared.sources, recorder.event
@@ -309,65 +353,11 @@ def _run_sft(
     if prepared.samples.truncated or prepared.samples.dropped:
         console.line(f"data: {prepared.samples.describe()}")
     samples = PromptStream(prepared.samples.kept, seed=config.seed, shuffle=config.data.shuffle)
-    keeper = StateKeeper(config, directory, trainers, recorder, {"samples": samples}, prepared.state)
-    with recorder:
-        sft.train(config, trainers, samples, prepared.held_out_samples.kept, recorder, keeper)
+    keeper = StateKeeper(config, directory, trainers, recorder, {"samples": samples}, prepared.state, ending)
+    with recorder, keeper:
+        held_out = prepared.held_out_samples.kept
+        train_on(
+            lambda: sft.train(config, trainers, samples, held_out, recorder, keeper),
+            *(config, trainers, keeper, recorder),
+        )
     trainers.save_last()
-
-
-def _trained_lines(prepared: Prepared) -> list[str]:
-    adapter, freeze = prepared.sources.adapter, prepared.config.trainer.freeze
-    if adapter is None:
-        return [f"trained: all parameters but {', '.join(freeze)}"] if freeze else []
-    start = "new" if adapter.is_new else f"from {adapter.mcore or adapter.directory}"
-    return [f"trained: LoRA adapters of {len(adapter.modules)} modules, rank {adapter.config.r}, {start}"]
-
-
-def _dropout(prepared: Prepared) -> float:
-    adapter = prepared.sources.adapter
-    return 0.0 if adapter is None else adapter.config.lora_dropout
-
-
-def describe(prepared: Prepared) -> Sequence[str]:
-    """What the run would start and where, line by line."""
-    from actors.placement import describe as describe_bundles
-
-    config = prepared.config
-    trainer, source = config.trainer, prepared.sources.model
-    lines = [
-        f"model: {source.mcore or source.directory} ({prepared.spec.num_layers} layers, "
-        f"{prepared.num_parameters / 1e6:.1f} M parameters), device {prepared.device}",
-        *_trained_lines(prepared),
-        f"trainer: {trainer.world_size} ranks = tensor {trainer.tensor_model_parallel_size} x pipeline "
-        f"{trainer.pipeline_model_parallel_size} x context {trainer.context_parallel_size} x data "
-        f"{trainer.data_parallel_size}",
-    ]
-    loss = [
-        f"loss: {loss_line(config)}",
-        *(f"doubtful: {doubt}" for doubt in doubts(config, lora_dropout=_dropout(prepared))),
-    ]
-    if config.algorithm == "grpo":
-        settings = config.grpo
-        lines += [
-            f"data: {len(prepared.prompts)} prompts, {len(prepared.held_out)} held out",
-            f"step: {settings.prompts_per_step} prompts x {settings.num_generations} completions, "
-            f"{settings.optimizer_steps} optimizer step(s)",
-            *loss,
-            *([describe_teacher(config, prepared.teacher)] if config.has_teacher else []),
-            *(reward.describe() for reward in prepared.rewards),
-            *([] if prepared.environment is None else [prepared.environment.describe(config.environment)]),
-        ]
-    elif prepared.lessons is not None:
-        lines += [
-            describe_teacher(config, prepared.teacher),
-            *describe_lessons(config, prepared.lessons),
-            *loss,
-        ]
-    else:
-        held_out = prepared.held_out_samples
-        lines += [
-            f"data: {prepared.samples.describe()}, {config.sft.batch_size} per step, {config.max_steps} steps",
-            *([f"held out: {held_out.describe()}"] if held_out.kept else []),
-            *loss,
-        ]
-    return [*lines, "actors, reserved together in one placement group:", describe_bundles(prepared.bundles)]

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from actors.resume_state import has_finished
 from actors.trainer_rank import MERGED, Sources
 from bridge.partial_directory import check_replaceable
 from configs.errors import ConfigError
@@ -37,7 +38,7 @@ def _is_after_a_step(line: str) -> bool:
 def _why_not_resumed(config: RunConfig, directory: Path) -> str:
     if config.checkpoint.resume == "never":
         return ""
-    if (directory / "result.json").exists():
+    if has_finished(directory):
         return ", which has finished"
     return ", and no complete state to go on from (see checkpoint.resume_steps)"
 

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from actors.engine_group import EngineGroup, start_pool
+from actors.cluster import device_of
+from actors.engine_group import EngineGroup
 from actors.engine_settings import teacher_arguments
+from actors.engine_start import start_pool
 from actors.engine_work import Job
-from actors.env import resolve_device
 from actors.events import Event, unheard
 from actors.placement import Reservation
 from algorithms.data import FloatRow, Group, Prompt, SamplingSettings, TopTokens, TrainSample, float_row
@@ -52,7 +53,9 @@ class TeacherEngines:
     def _ask(self, samples: Sequence[TrainSample], begin: Callable[[Any, list[int]], Any]) -> list[Any]:
         def job(number: int, tokens: list[int]) -> Job:
             name = f"sample {number} of the step"
-            return Job(name=name, size=1, begin=lambda actor: begin(actor, tokens), number=number)
+            return Job(
+                name=name, size=1, begin=lambda actor: begin(actor, tokens), key=(name, None), number=number
+            )
 
         jobs = (job(number, sample.tokens.tolist()) for number, sample in enumerate(samples))
         answers = {each.number: answer for each, answer in self._engines.perform(jobs)}
@@ -65,12 +68,14 @@ def create_teacher_engines(
     """One engine in each bundle of the teacher, which begin to start. `event` is told which are lost."""
     engine = config.teacher.engine
     k = config.gkd.gkd_logits_topk or 0 if config.algorithm == "gkd" else 0
-    arguments = teacher_arguments(config, model_path, resolve_device(config.model.device), k)
+    arguments = teacher_arguments(config, model_path, device_of(config), k)
     pool = start_pool(
         *(config, engine, arguments, reservation.group, reservation.indices("teacher")),
         kind="teacher engine",
         event=event,
     )
     timeout_s = config.cluster.step_timeout_s
-    group = EngineGroup(pool, engine.max_num_seqs, timeout_s, engine.tensor_parallel_size, gets_weights=False)
+    group = EngineGroup(
+        *(pool, engine.max_num_seqs, timeout_s, engine.tensor_parallel_size), gets_weights=False, event=event
+    )
     return TeacherEngines(group, k, group.start())

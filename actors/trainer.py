@@ -1,18 +1,26 @@
 """The group that drives the trainer ranks (actors.trainer_rank)."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import ray
 
 from actors import deadline
 from actors.checkpoint_links import CheckpointLinks
 from actors.events import Event, unheard
 from actors.placement import Reservation
 from actors.ranks import start_ranks
+from actors.stacks import end_processes, own_actors
 from actors.trainer_rank import Sources, Started, TrainerRank
 from algorithms.data import Batch, FloatRow, StepResult, TrainSample, float_row, int_row
 from algorithms.packing import pack
+from configs.errors import BasculeError
 from configs.schema import RunConfig
+
+# An answer takes a rank that waits for nobody milliseconds.
+_CHECK_S = 15.0
 
 
 class TrainerGroup:
@@ -31,11 +39,21 @@ class TrainerGroup:
         `event` is told of them."""
         self._config = config
         self._directory = directory
+        self._arguments = reservation, device, sources
         self.links = CheckpointLinks(directory, event)
+        self.changes = 0
+        """How often the weights were told to change."""
         self.size = config.trainer.world_size
         self._names = [f"trainer rank {rank}" for rank in range(self.size)]
-        self.ranks = start_ranks(TrainerRank, reservation, "trainer", self.size, (config, device))
-        timeout_s = config.cluster.start_timeout_s
+        self._start()
+
+    def _start(self) -> None:
+        reservation, device, sources = self._arguments
+        self.ranks = start_ranks(
+            *(TrainerRank, reservation, "trainer", self.size, (self._config, device)),
+            deterministic=self._config.trainer.deterministic_mode,
+        )
+        timeout_s = self._config.cluster.start_timeout_s
         address = deadline.get(
             self.ranks[0].address.remote(), self._names[0], timeout_s=timeout_s, phase="start of the trainer"
         )
@@ -46,8 +64,33 @@ class TrainerGroup:
         self.plan = started[0].plan
         self.warnings = started[0].warnings
 
+    def restart(self) -> None:
+        """End what is left of the ranks, and start all of them with the weights that the run began with."""
+        living = own_actors(TrainerRank.__name__)
+        for rank in self.ranks:
+            ray.kill(rank)
+        # Ray forgets a process that is stopped, which would wake up as a rank of a group that is no more.
+        end_processes(living)
+        self._start()
+
+    def find_lost(self) -> BasculeError | None:
+        """Which rank is gone, or does not answer within seconds; None when all do."""
+        refs = [rank.address.remote() for rank in self.ranks]
+        end = time.monotonic() + _CHECK_S
+        late: BasculeError | None = None
+        for ref, name in zip(refs, self._names, strict=True):
+            left = max(1.0, end - time.monotonic())
+            try:
+                deadline.get(ref, name, timeout_s=left, phase="check of the trainers")
+            except deadline.ActorLostError as error:
+                return error
+            except deadline.DeadlineExceededError as error:
+                late = late or error
+        return late
+
     def step(self, batch: Batch) -> StepResult:
         """One optimizer step on every rank."""
+        self.changes += 1
         return self._ask("step", batch, "train step", batch.num_loss_tokens, batch.denominator)[0]
 
     def logprobs(self, batch: Batch) -> tuple[tuple[FloatRow, ...], ...]:
@@ -72,6 +115,7 @@ class TrainerGroup:
 
     def move_reference(self, share: float) -> None:
         """Let the reference be `share` of the policy and the rest of what it was."""
+        self.changes += 1
         self._all([rank.move_reference.remote(share) for rank in self.ranks], "move of the reference")
 
     def score(self, tokens: Sequence[int]) -> list[float]:
@@ -121,10 +165,23 @@ class TrainerGroup:
         self.links.saved(self._config.max_steps, directory)
         return directory
 
-    def save_state(self, directory: Path, step: int) -> None:
-        """Let every rank write its part of a state to resume from into `directory`, which exists."""
-        refs = [rank.save_state.remote(directory, step) for rank in self.ranks]
-        self._all(refs, f"save of {directory}")
+    def begin_state(self, directory: Path, step: int) -> None:
+        """Let every rank copy its part of a state to resume from, and begin to write it into `directory`, which
+        exists."""
+        refs = [rank.begin_state.remote(directory, step) for rank in self.ranks]
+        self._all(refs, f"copy for {directory}")
+
+    def written_state(self) -> tuple[list[bytes], float] | None:
+        """What the ranks wrote, for finish_state, and the longest seconds; None while one is at it. Raises
+        WriteError."""
+        found = self._all([rank.written_state.remote() for rank in self.ranks], "write of a state")
+        if any(each is None for each in found):
+            return None
+        return [written for written, _ in found], max(seconds for _, seconds in found)
+
+    def finish_state(self, directory: Path, step: int, written: Sequence[bytes]) -> None:
+        """Make a whole of what the ranks wrote."""
+        self._all([self.ranks[0].finish_state.remote(directory, step, written)], f"end of {directory}")
 
     def load_state(self, directory: Path, *, same_layout: bool) -> None:
         """Put every rank into the state that save_state wrote; the layout may be another one."""

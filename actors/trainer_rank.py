@@ -18,6 +18,7 @@ from configs.schema import RunConfig
 from configs.sizes import parse_size
 
 if TYPE_CHECKING:
+    from actors.megatron_background import BackgroundSave
     from actors.megatron_model import FrozenModel, MegatronModel
     from actors.megatron_setup import Device
     from actors.megatron_teacher import ScoringTeacher, Teacher
@@ -70,6 +71,7 @@ class TrainerRank:
         self._parameters: Mapping[str, torch.Tensor]
         self._plan: Plan
         self._sync: SyncRank
+        self._saving: BackgroundSave
 
     def address(self) -> str:
         """A `tcp://` rendezvous that was free on this rank's node a moment ago."""
@@ -229,16 +231,27 @@ class TrainerRank:
                 ),
             )
 
-    def save_state(self, directory: Path, step: int) -> None:
-        """Write this rank's part of a state to resume from; every rank does it together."""
+    def begin_state(self, directory: Path, step: int) -> None:
+        """Copy this rank's part of a state to resume from; every rank does it together. A thread writes it."""
         from actors.megatron_resume import save_rank
 
-        save_rank(
+        self._saving = save_rank(
             *(self._model, directory),
             step=step,
             rank=self._rank,
+            with_adapters=self._adapters is not None,
             moved_reference=self._moved_reference,
         )
+
+    def written_state(self) -> tuple[bytes, float] | None:
+        """What the thread has written, and the seconds, None while it is at it. Raises WriteError."""
+        return self._saving.written()
+
+    def finish_state(self, directory: Path, step: int, written: Sequence[bytes]) -> None:
+        """On rank 0: make a whole of what all ranks wrote."""
+        from actors.megatron_resume import finish_state
+
+        finish_state(self._saving, directory, step, written)
 
     def load_state(self, directory: Path, same_layout: bool) -> None:
         """Put this rank into the state that save_state wrote."""
@@ -247,6 +260,7 @@ class TrainerRank:
         load_rank(
             *(self._model, directory),
             rank=self._rank,
+            with_adapters=self._adapters is not None,
             moved_reference=self._moved_reference,
             same_layout=same_layout,
         )

@@ -226,6 +226,13 @@ class MicroBatch:
     teacher_ids_TK: IntRow | None = None
     teacher_logprobs_TK: FloatRow | None = None
 
+    @property
+    def in_sample(self) -> NDArray[np.bool_]:
+        """[T], whether a token is a sample's, or padding; without `samples_S` all are a sample's."""
+        if not self.samples_S:
+            return np.ones(self.tokens_T.size, np.bool_)
+        return np.repeat(np.asarray(self.samples_S) >= 0, np.diff(self.starts_S))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:

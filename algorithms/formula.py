@@ -21,15 +21,19 @@ def loss_line(config: RunConfig) -> str:
     """What the trainer minimizes, for `bascule plan`.
 
     r is new over old policy, w old policy over what the engine sampled from, A the advantage. T and S are the
-    teacher's and the student's distribution.
+    teacher's and the student's distribution. f and P are experts' shares of tokens and mean scores, z a router's
+    logits.
     """
     match config.algorithm:
         case "grpo":
-            return _grpo_line(config.grpo)
+            line = _grpo_line(config.grpo)
         case "gkd":
-            return _gkd_line(config.gkd)
+            line = _gkd_line(config.gkd)
         case "sft":
-            return f"{_DENOMINATORS['bnpo']} [ -log π ]"
+            line = f"{_DENOMINATORS['bnpo']} [ -log π ]"
+    aux, z = config.trainer.moe_aux_loss_coeff, config.trainer.moe_z_loss_coeff
+    terms = [f"{aux:g} E Σ_i f_i P_i"] * (aux > 0) + [f"{z:g} mean_t logsumexp(z_t)²"] * (z > 0)
+    return f"{line},  plus Σ_layers [ {' + '.join(terms)} ] over the step's tokens" if terms else line
 
 
 def _grpo_line(settings: GRPOConfig) -> str:

@@ -40,7 +40,7 @@ def train(
         if metrics:
             roles.trainer.rate(step, score_of(metrics))
 
-    rollouts = Rollouts(config, roles.sampler, roles.judge, prompts, start.step)
+    rollouts = Rollouts(config, roles.sampler, roles.judge, prompts, start.step, keeper.begun)
     roles.weights.sync(version)
     if not start.step:
         evaluate_at(0)
@@ -76,7 +76,7 @@ def train(
             roles.trainer.save(step)
         if config.evaluates_at(step):
             evaluate_at(step)
-        keeper.keep(Progress(step=step, version=version, empty=empty))
+        keeper.keep(Progress(step=step, version=version, empty=empty), rollouts)
 
 
 def _optimize(config: RunConfig, trainer: Trainer, samples: Sequence[TrainSample]) -> Iterator[StepResult]:

@@ -1,7 +1,10 @@
 """How far a loop has come, so that a run that was cut off can go on after it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from algorithms.data import Group
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,16 +21,38 @@ class Progress:
     """The lowest held-out loss so far, where that is measured."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Begun:
+    """What was sampled of a step ahead of it."""
+
+    step: int
+    groups: tuple[Group, ...]
+
+
+class Ahead(Protocol):
+    """What a loop samples ahead of the step that it trains on."""
+
+    def settle(self) -> Sequence[Begun]:
+        """Wait until all of it is sampled; returns it, in the order of the steps. It is used all the same."""
+        ...
+
+
 class Keeper(Protocol):
-    """Keeps states of a run."""
+    """Keeps states of a run, and ends it early where it is told to."""
 
     @property
     def start(self) -> Progress:
         """After which step the loop begins; everybody it talks to is in that state already."""
         ...
 
-    def keep(self, progress: Progress) -> None:
-        """A step is done, with all that is recorded of it; a state of it is written if one is due."""
+    @property
+    def begun(self) -> Sequence[Begun]:
+        """What had been sampled ahead by then."""
+        ...
+
+    def keep(self, progress: Progress, ahead: Ahead | None = None) -> None:
+        """A step is done, with all that is recorded of it; a state of it is written if one is due. Raises what
+        ends the loop when the run is to end here."""
         ...
 
 
@@ -35,6 +60,7 @@ class Forgetful:
     """For loops that begin at the beginning and keep nothing."""
 
     start = Progress()
+    begun: Sequence[Begun] = ()
 
-    def keep(self, progress: Progress) -> None:
+    def keep(self, progress: Progress, ahead: Ahead | None = None) -> None:
         """Nothing is written."""

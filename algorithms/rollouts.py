@@ -9,6 +9,7 @@ import numpy as np
 from algorithms.advantages import has_signal, values_by_function
 from algorithms.completions import place_of, seeded
 from algorithms.data import Group, Prompt, SamplingSettings, Scored, float_row
+from algorithms.progress import Begun
 from algorithms.prompts import PromptStream
 from algorithms.roles import Judge, Sampler
 from configs.grpo import GRPOConfig
@@ -35,15 +36,23 @@ class Rollouts:
         judge: Judge,
         prompts: PromptStream[Prompt],
         done: int = 0,
+        begun: Sequence[Begun] = (),
     ) -> None:
-        """The first step is the one after `done`."""
+        """The first step is the one after `done`; `begun` is what was sampled of the next ones already."""
         self._config = config
         self._sampler = sampler
         self._judge = judge
         self._prompts = prompts
         # Of the steps that engines are working on, in order; the last of them is step `_last`.
-        self._begun: deque[Iterator[Group]] = deque()
-        self._last = done
+        self._begun: deque[Iterator[Group]] = deque(iter(each.groups) for each in begun)
+        self._last = done + len(begun)
+
+    def settle(self) -> Sequence[Begun]:
+        """Wait for all that engines were given ahead (algorithms.progress.Ahead)."""
+        first = self._last - len(self._begun) + 1
+        groups = [tuple(each) for each in self._begun]
+        self._begun = deque(map(iter, groups))
+        return [Begun(step=first + number, groups=each) for number, each in enumerate(groups)]
 
     def generate(self, step: int) -> Generated:
         """The next `prompts_per_step` prompts, sampled and scored.

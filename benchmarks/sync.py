@@ -22,14 +22,16 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, cast
 
-from actors.engine_settings import KEEP_MEMORY
+from actors.engine_settings import engine_environment
 from benchmarks.sync_parts import WAYS, bridge_main, engine_main, trainer_main, write_model
 from bridge.transport.gloo import free_port
+from bridge.transport.registry import OWNED_ENGINE
 
 HOST = "127.0.0.1"
 
@@ -48,12 +50,8 @@ def measure(model: str, bucket_mb: float, repetitions: int, folder: Path) -> dic
     mains = (trainer_main, bridge_main, engine_main)
     parts = [context.Process(target=part, args=(job, results), name=part.__name__) for part in mains]
     for part in parts:
-        # As in a run, and only there.
-        kept = KEEP_MEMORY if part.name == engine_main.__name__ else {}
-        os.environ.update(kept)
-        part.start()
-        for name in kept:
-            del os.environ[name]
+        with _environment(engine_environment(job["model"], "cpu", 1) if part.name == "engine_main" else {}):
+            part.start()
     waiting = {part.sentinel: part for part in parts}
     while waiting:
         for sentinel in wait(list(waiting)):
@@ -67,6 +65,19 @@ def measure(model: str, bucket_mb: float, repetitions: int, folder: Path) -> dic
     while not results.empty():
         found |= results.get()
     return found
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Generator[None]:
+    """What a process that starts meanwhile finds: OpenMP and glibc read theirs before any of our code runs."""
+    before = dict(os.environ)
+    # All in one process, which is none of a run's engines.
+    os.environ.update({**variables, OWNED_ENGINE: "0"})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def row(model: str, bucket_mb: float, found: dict[str, Any]) -> str:

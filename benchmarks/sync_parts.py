@@ -187,11 +187,7 @@ def bridge_main(job: dict[str, Any], results: Any) -> None:
 
 def engine_main(job: dict[str, Any], results: Any) -> None:
     """A vLLM engine in this process. Times are taken here: the others start when it does."""
-    from actors.engine_settings import engine_environment
-
-    environment = engine_environment(job["model"], "cpu", 1)
-    os.environ.update(environment | {"VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"})
-    del os.environ["BASCULE_OWNED_ENGINE"]
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
     from vllm import LLM
 
     llm = LLM(

@@ -1,5 +1,7 @@
 """What a run saves, and how it goes on after it was cut off."""
 
+from typing import Annotated, Literal
+
 from pydantic import Field
 
 from configs.section import Section
@@ -20,19 +22,17 @@ class CheckpointConfig(Section):
     resume: str = Field(default="auto", min_length=1)
     """auto: go on after the newest complete state in the output directory, if a run there was cut off; never; or
     the directory of one of its states. See docs/reliability.md."""
-    resume_steps: int = Field(default=0, ge=0)
-    """Write a state to resume from every this many steps; the last two are kept. 0 for none."""
+    resume_steps: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Write a state to resume from every this many steps; 0 for none. auto: after the first step, then as often as
+    takes a twentieth of the run's time at most; what auto wrote is removed when the run has finished."""
+    resume_keep: int = Field(default=2, ge=1)
+    """How many of the latest states are kept. Each takes as much room as weights and optimizer do."""
+    resume_keep_every: int = Field(default=0, ge=0)
+    """Write a state at each multiple of this many steps as well, and keep it for good; 0 for none."""
+    resume_keep_best: bool = False
+    """Write a state when an evaluation is the best so far as well, and keep it until there is a better one."""
 
-
-def check_resume(checkpoint: CheckpointConfig, *, max_lag: int = 0, with_adapters: bool = False) -> None:
-    """Raises ValueError when a state would not hold all that the run goes on with."""
-    if checkpoint.resume_steps and max_lag:
-        raise ValueError(
-            f"checkpoint.resume_steps: a state does not hold what is being sampled ahead, so it needs "
-            f"grpo.max_lag 0, not {max_lag}; set one of them to 0"
-        )
-    if checkpoint.resume_steps and with_adapters:
-        raise ValueError(
-            "checkpoint.resume_steps: a run with adapters (tuner.tuner_type lora) cannot be resumed yet; set "
-            "it to 0"
-        )
+    @property
+    def keeps_states(self) -> bool:
+        """Whether states are written at all, besides at an early end."""
+        return self.resume_steps != 0 or self.resume_keep_every > 0 or self.resume_keep_best

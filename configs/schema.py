@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from configs.bridge import BridgeConfig, check_bridge
-from configs.checkpoint import CheckpointConfig, check_resume
+from configs.checkpoint import CheckpointConfig
 from configs.data import DataConfig, check_data
 from configs.engines import RolloutConfig
 from configs.environment import EnvironmentConfig, check_environment
@@ -18,6 +18,7 @@ from configs.record import RecordConfig
 from configs.rewards import RewardConfig, RewardWorkersConfig
 from configs.section import Names, Section
 from configs.sft import SFTConfig
+from configs.sizes import Duration
 from configs.teacher import TeacherConfig, check_teacher
 from configs.tuner import TunerConfig, check_tuner
 from configs.unused import check_algorithms_own
@@ -129,6 +130,15 @@ class TrainerConfig(LayoutConfig):
     """Largest norm of the gradient over all ranks; 0 turns clipping off."""
     use_distributed_optimizer: bool = True
     """Split the optimizer state over the data-parallel ranks."""
+    moe_aux_loss_coeff: float = Field(default=0.0, ge=0)
+    """Weight of each layer's load-balancing loss for experts, E sum f P (docs/algorithms.md). The shares are of a
+    whole optimizer step, so that the gradient does not depend on micro-batches, which takes one more forward pass;
+    Megatron's kinds of this loss do depend on them. At 0, the default, the load is only logged."""
+    moe_z_loss_coeff: float = Field(default=0.0, ge=0)
+    """Weight of each layer's z-loss, which keeps routers' logits small; takes the same forward pass."""
+    deterministic_mode: bool = False
+    """Only kernels that give the same bits each time (Megatron's name). Slower on a GPU, where it is untested, and
+    an error where torch has none; on a CPU the trainer is deterministic anyway. Engines are not covered."""
     freeze: Names = ()
     """Parameters that are not trained: patterns (`*`, `?`, `[0-9]`) of whole Hugging Face names."""
 
@@ -144,6 +154,9 @@ class ClusterConfig(Section):
     """CPUs reserved for each Megatron rank."""
     cpus_per_engine: float = Field(default=0.5, gt=0)
     """CPUs reserved for each vLLM engine."""
+    node_label: str | None = Field(default=None, min_length=1)
+    """Label of a cluster's nodes that says whose they are: trainer, rollout (engines, rewards, environments) or
+    bridge. By default every node is everybody's; a Ray that the command starts itself has no labels."""
     placement_timeout_s: float = Field(default=60.0, gt=0)
     """How long to wait for the reserved resources."""
     start_timeout_s: float = Field(default=600.0, gt=0)
@@ -152,6 +165,12 @@ class ClusterConfig(Section):
     """How long any one phase of a step may take."""
     collective_timeout_s: float = Field(default=300.0, gt=0)
     """How long a rank waits for another in a collective."""
+    grace_s: float | None = Field(default=None, gt=0)
+    """Seconds that a SIGTERM leaves until SIGKILL. By default 30; under `ray job submit` RAY_JOB_STOP_WAIT_TIME_S,
+    which is 3 unless the job's env_vars set it."""
+    max_trainer_restarts: int = Field(default=3, ge=0)
+    """How often in a row the trainer ranks are started again from the newest state after one of them is lost; a
+    step that is done for the first time begins the count anew."""
 
 
 class RunConfig(Section):
@@ -167,6 +186,9 @@ class RunConfig(Section):
     """Seed of data order, sampling and initialisation."""
     max_steps: int = Field(default=100, ge=1)
     """Generation steps (grpo) or optimizer steps (gkd; sft, unless sft.num_train_epochs decides)."""
+    time_limit: Duration | None = None
+    """Wall clock for the whole command, such as 4h, 90m or seconds: before it is over a state is saved and the run
+    ends with exit code 0, to go on when it is started again."""
     eval_steps: int = Field(default=0, ge=0)
     """Evaluate every this many steps, besides before and after; 0 for only those."""
     model: ModelConfig
@@ -243,11 +265,6 @@ class RunConfig(Section):
         every = self.checkpoint.save_steps
         return every > 0 and step % every == 0 and step < self.max_steps
 
-    def keeps_state_at(self, step: int) -> bool:
-        """Whether a state to resume from is due after this step; after the last one there is nothing to do."""
-        every = self.checkpoint.resume_steps
-        return every > 0 and step % every == 0 and step < self.max_steps
-
     def records_tokens_at(self, step: int) -> bool:
         """Whether this step's tokens are written: the first step's, and then every `record.token_steps`."""
         every = self.record.token_steps
@@ -279,11 +296,6 @@ class RunConfig(Section):
         check_environment(self)
         check_data(self.data)
         check_tuner(self.tuner)
-        check_resume(
-            self.checkpoint,
-            max_lag=self.grpo.max_lag if self.algorithm == "grpo" else 0,
-            with_adapters=self.tuner.tuner_type == "lora",
-        )
         self._check_lora_engines()
         check_bridge(self.bridge, self.cluster.collective_timeout_s)
         if trainer.sequence_parallel and trainer.tensor_model_parallel_size == 1:

@@ -22,6 +22,7 @@ from algorithms.rewards.loading import load_reward, load_rewards
 from configs.environment import EnvironmentConfig
 from configs.export import ExportConfig, InferConfig
 from configs.load import load_config, load_settings
+from configs.manifest import ManifestConfig
 from configs.plan import PlanConfig
 from configs.rewards import RewardConfig
 
@@ -51,7 +52,11 @@ def test_commands_of_the_readme_name_real_commands_and_options() -> None:
     schemas = {"export": ExportConfig, "infer": InferConfig, "plan": PlanConfig}
     for command in commands:
         words = shlex.split(command)
-        if "--help" in words or words[0] in ("make-model", "view") or words[:2] == ["reward", "reload"]:
+        if (
+            "--help" in words
+            or words[0] in ("make-model", "view", "status")
+            or words[:2] == ["reward", "reload"]
+        ):
             continue
         if words[:2] == ["reward", "score"]:
             load_reward(parse_reward(words[words.index("--reward") + 1], "--reward"))
@@ -62,10 +67,14 @@ def test_commands_of_the_readme_name_real_commands_and_options() -> None:
             load_settings(schemas[words[0]], None, words[1:])
             continue
         path = words[words.index("--config") + 1]
+        if words[0] == "manifest":
+            load_settings(ManifestConfig, ROOT / path, [*words[3:-2]])
+            continue
         rest = [word for word in words[1:] if word not in ("--config", path)]
         algorithm = yaml.safe_load((ROOT / path).read_text())["algorithm"]
         config = load_config(ROOT / path, rest, algorithm)
-        assert words[0] in (config.algorithm, "plan")
+        # What `submit` takes as `--address` is an option of the run as well.
+        assert words[0] in (config.algorithm, "plan", "submit")
 
 
 @pytest.mark.megatron

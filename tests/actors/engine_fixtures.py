@@ -38,7 +38,7 @@ def rigs(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """An engine for each of the three families, started side by side; by name of the family."""
     from ray.util.placement_group import placement_group
 
-    from actors.engine_group import create_engines
+    from actors.engine_start import create_engines
 
     families = ("llama", "qwen3", "moe")
     group = placement_group([{"CPU": 0.5}] * len(families))

@@ -255,7 +255,7 @@ def started(
     """One engine of several workers, in room of its own, on a model that is made in `path`."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    from actors.engine_group import create_engines
+    from actors.engine_start import create_engines
 
     model = make_model(family, seed=1)
     model.save_pretrained(path)

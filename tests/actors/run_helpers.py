@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,12 +138,12 @@ class Running:
         return Finished(code=self.process.returncode, out=out, err=err, left=list(left.values()))
 
 
-def start(*arguments: str) -> Running:
+def start(*arguments: str, program: Sequence[str] = ("-c", _PROGRAM)) -> Running:
     """`bascule ARGUMENTS` in a new process."""
     mark = uuid.uuid4().hex
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     process = subprocess.Popen(
-        [sys.executable, "-c", _PROGRAM, *arguments],
+        [sys.executable, *program, *arguments],
         cwd=ROOT,
         env=environment | {_MARK: mark},
         stdout=subprocess.PIPE,

@@ -93,6 +93,18 @@ def test_plan_prints_the_resolved_config_and_what_would_start(
     assert "k_proj.weight, model.layers.0.self_attn.v_proj.weight is not, and Megatron keeps them" in message
 
 
+def test_a_head_without_a_gpu_plans_a_run_on_gpus_of_its_cluster_and_no_other(
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    words = ("plan", "--config", str(workspace / "grpo.yaml"), "--model.device", "cuda")
+    assert "torch finds no GPU" in refused(capsys, *words)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert main(words) == 0
+    assert "2 x trainer: 0.5 CPU, 1 GPU" in capsys.readouterr().out
+
+
 def test_the_projects_packages_come_from_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_one_source() == ROOT
     import bridge
@@ -148,6 +160,9 @@ def test_a_layout_that_does_not_divide_names_what(
 ) -> None:
     message = fails(workspace, capsys, "--trainer.tensor_model_parallel_size", "3")
     assert "does not divide the model's 4 attention heads" in message
+    message = fails(workspace, capsys, "--moe_aux_loss_coeff", "0.01")
+    assert "trainer.moe_aux_loss_coeff" in message
+    assert "has no experts" in message
     message = fails(workspace, capsys, "--trainer.pipeline_model_parallel_size", "3")
     assert "does not divide the model's 2 layers" in message
 

@@ -373,7 +373,7 @@ DRIVER = """
 import sys, time
 import ray
 from ray.util.placement_group import placement_group
-from actors.engine_group import create_engines
+from actors.engine_start import create_engines
 from tests.actors.engine_helpers import run_config
 ray.init(address=sys.argv[1], log_to_driver=False)
 group = placement_group([{"CPU": 0.5}])

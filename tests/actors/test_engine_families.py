@@ -74,7 +74,7 @@ def rig(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """One engine that has started with the model of seed 1."""
     from ray.util.placement_group import placement_group
 
-    from actors.engine_group import create_engines
+    from actors.engine_start import create_engines
 
     path: Path = tmp_path_factory.mktemp("deepseek_v3")
     model = make_deepseek_v3(seed=1)

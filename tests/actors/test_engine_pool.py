@@ -15,6 +15,7 @@ import ray
 from actors import engine_group
 from actors.engine_group import EngineGroup
 from actors.engine_pool import EngineLostError, EnginePool, Member
+from actors.events import Event, unheard
 from actors.teacher_engines import TeacherEngines
 from algorithms.data import Group, Prompt, SamplingSettings
 from configs.errors import BasculeError
@@ -32,6 +33,8 @@ class Engine:
         self._folder = Path(folder)
 
     async def start(self) -> int:
+        while (self._folder / "starts-slowly").exists():
+            await asyncio.sleep(0.05)
         if (self._folder / "cannot-start").exists():
             raise BasculeError("no weights")
         return os.getpid()
@@ -45,6 +48,9 @@ class Engine:
         """A sign of life."""
 
     async def generate(self, one: Prompt, sampling: SamplingSettings, *others: object) -> Group:
+        if one.id == "p14":
+            await asyncio.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGKILL)
         if one.id == "p13":
             raise BasculeError("a prompt that no engine takes")
         deadline = time.monotonic() + (1.0 if sampling.max_tokens > 12 else 0.0)
@@ -80,6 +86,7 @@ def group_of(
     *,
     gets_weights: bool = True,
     heartbeat_timeout_s: float = 60,
+    event: Event = unheard,
 ) -> tuple[EngineGroup, list[int]]:
     pool = EnginePool(
         [make(index) for index in range(count)],
@@ -88,7 +95,7 @@ def group_of(
         max_recoveries=recoveries,
         heartbeat_timeout_s=heartbeat_timeout_s,
     )
-    group = EngineGroup(pool, room=2, timeout_s=30, gets_weights=gets_weights)
+    group = EngineGroup(pool, room=2, timeout_s=30, gets_weights=gets_weights, event=event)
     refs = group.start()
     group.ready(refs, 30)
     return group, ray.get(refs)
@@ -173,6 +180,35 @@ def test_a_lost_teacher_is_replaced_and_not_waited_for_while_there_is_another(ma
     assert [row.tolist() for row in teacher.token_logprobs(samples)] == want
     assert [member.incarnation for member in group.members] == [1, 0]
     teacher.close()
+
+
+def test_a_prompt_that_ends_two_engines_is_dropped_and_no_other(made: Any) -> None:
+    events: list[tuple[str, Any]] = []
+    group, _ = group_of(
+        made, event=lambda step, kind, text, **more: events.append((kind, more.get("prompt")))
+    )
+    # It is with another prompt when it ends the first engine, and alone when it ends the second.
+    requests = [(prompt(index), settings(max_tokens=13, n=1)) for index in (14, 15, 16, 17, 18, 19)]
+    answers = {answer.prompt.id: answer.rollouts for answer in group.generate(iter(requests))}
+    assert answers.keys() == {f"p{index}" for index in range(14, 20)}
+    (dropped,) = answers.pop("p14")
+    assert (dropped.finish, dropped.tokens.size, dropped.versions) == ("abort", 0, (0, 0))
+    assert all(isinstance(rollouts[0], int) for rollouts in answers.values())
+    assert [event for event in events if event[0] == "poison"] == [("poison", "p14")]
+    assert group.pool.recoveries == 2
+    group.close()
+
+
+def test_an_engine_on_its_way_is_given_up_at_the_end(made: Any, tmp_path: Path) -> None:
+    """The thread that waits for it must not outlive the run: Ray ends a process that calls it after leaving it."""
+    group, pids = group_of(made)
+    (tmp_path / "starts-slowly").touch()
+    os.kill(pids[0], signal.SIGKILL)
+    until(lambda: group.pool._coming)
+    began = time.monotonic()
+    group.close()
+    assert time.monotonic() - began < 20
+    assert not any(thread.name.startswith("replace-") for thread in threading.enumerate())
 
 
 def test_calls_that_share_engines_do_not_wait_for_each_other(made: Any) -> None:

@@ -52,6 +52,19 @@ def test_a_cluster_that_can_grow_is_waited_for_and_not_longer(ray_cluster: str) 
         reserve([bundle(cpus=50)], timeout_s=1, can_grow=True)
 
 
+def test_nodes_without_the_label_are_nobodys_and_the_message_says_so(ray_cluster: str) -> None:
+    with pytest.raises(BasculeError) as caught:
+        reserve([bundle(), bundle("reward")], timeout_s=1, can_grow=True, node_label="role")
+    assert "nodes with role = rollout, trainer are needed; those that there are have (none)" in str(
+        caught.value
+    )
+
+
+def test_an_actor_belongs_on_its_own_nodes_or_beside_the_engines() -> None:
+    owners = ("trainer", "engine", "bridge", "reward", "environment")
+    assert [bundle(owner).nodes for owner in owners] == ["trainer", "rollout", "bridge", "rollout", "rollout"]
+
+
 def config(**sections: object) -> RunConfig:
     base = {"model": {"model": "m"}, "data": {"dataset": "d"}, "rewards": [{"function": "r"}]}
     return RunConfig.model_validate({**base, **sections})

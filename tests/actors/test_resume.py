@@ -1,5 +1,6 @@
 """A run that is killed and started again goes on as if it had never been killed."""
 
+import json
 import os
 import signal
 import time
@@ -10,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.actors.run_helpers import Finished, make_workspace, rows, run, start
+from actors.status import describe_run
+from tests.actors.run_helpers import Finished, Running, make_workspace, rows, run, start
 
 pytestmark = pytest.mark.e2e
 
@@ -40,47 +42,112 @@ def run_until(directory: Path, step: int, words: tuple[str, ...]) -> Finished:
     return running.finish()
 
 
-def assert_same_run(one: Path, other: Path) -> None:
+def assert_same_run(one: Path, other: Path, weights: str = "model.safetensors") -> None:
     for name in ("metrics.jsonl", "rollouts.jsonl", "tokens.jsonl"):
         expected_rows, found_rows = (list(map(without_times, rows(each / name))) for each in (one, other))
         assert found_rows == expected_rows, name
-    expected, found = (load_file(each / "checkpoint" / "model.safetensors") for each in (one, other))
+    expected, found = (load_file(each / "checkpoint" / weights) for each in (one, other))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_sft_goes_on_bitwise_after_it_was_killed(workspace: Path) -> None:
+def start_until(directory: Path, step: int, words: tuple[str, ...]) -> Running:
+    """Start a run and wait until it has recorded this step."""
+    running = start(*words, "--output_dir", str(directory))
+    end = time.monotonic() + 300
+    while time.monotonic() < end and step not in steps_of(directory / "metrics.jsonl"):
+        assert running.process.poll() is None, running.finish()
+        time.sleep(0.01)
+    return running
+
+
+def steps_of(metrics: Path) -> list[int]:
+    """Steps that were trained, of the lines that are complete."""
+    text = metrics.read_text() if metrics.is_file() else ""
+    found = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+    return [row["step"] for row in found if "loss" in row]
+
+
+def test_sft_with_adapters_is_the_same_run_whatever_happens_to_it(workspace: Path) -> None:
+    """SIGKILL, SIGTERM, Ctrl-C, a time limit and a lost rank, one after the other, change no number of it."""
     words = (
-        *("sft", "--config", str(workspace / "sft.yaml"), "--max_steps", "9", "--sft.batch_size", "6"),
-        *("--lr_decay_style", "cosine", "--resume_steps", "2", "--eval_steps", "3", "--save_steps", "3"),
-        *("--eval_dataset", str(workspace / "sft.jsonl")),
+        *("sft", "--config", str(workspace / "sft.yaml"), "--max_steps", "50", "--sft.batch_size", "6"),
+        *("--lr_decay_style", "cosine", "--resume_steps", "2", "--eval_steps", "20", "--save_steps", "20"),
+        *("--eval_dataset", str(workspace / "sft.jsonl"), "--tuner_type", "lora", "--lora_dropout", "0.1"),
     )
     whole, cut = workspace / "whole", workspace / "cut"
     assert run(*words, "--output_dir", str(whole)).code == 0
     assert run_until(cut, 4, words).code == -signal.SIGKILL
     assert sorted(path.name for path in (cut / "resume").glob("step-?")) == ["step-2", "step-4"]
-    resumed = run(*words, "--output_dir", str(cut))
-    assert resumed.code == 0, resumed.err
-    assert "goes on after step" in resumed.out
-    assert_same_run(whole, cut)
-    (event,) = [row for row in rows(cut / "events.jsonl") if row["kind"] == "resume"]
-    assert event["step"] in (4, 6, 8)
+
+    running = start_until(cut, 8, words)
+    # It has more time than steps.
+    running.process.send_signal(signal.SIGSTOP)
+    other = run(*words, "--output_dir", str(cut))
+    assert other.code == 2
+    assert f"is in use by process {running.process.pid} on" in other.err
+    status = run("status", str(cut), "--files")
+    assert status.code == 0, status.err
+    assert f"{cut}: running, process {running.process.pid} on" in status.out
+    running.process.send_signal(signal.SIGTERM)
+    running.process.send_signal(signal.SIGCONT)
+    ended = running.finish()
+    assert (ended.code, ended.left) == (128 + signal.SIGTERM, [])
+    assert "SIGTERM: ended after step" in ended.err
+    result = json.loads((cut / "result.json").read_text())
+    # The step that went on was finished, and is the one that is saved.
+    assert result["finished"] is False
+    assert result["state"] == str(cut / "resume" / f"step-{result['step']}")
+    assert rows(cut / "metrics.jsonl")[-1]["step"] == result["step"] >= 8
+    assert next(describe_run(cut, live=True, stacks=False)) == f"{cut}: interrupted, {ended.err.strip()}"
+
+    running = start_until(cut, result["step"] + 4, words)
+    running.process.send_signal(signal.SIGINT)
+    ended = running.finish()
+    assert (ended.code, ended.left) == (130, [])
+
+    limited = run(*words, "--output_dir", str(cut), "--time_limit", "1s")
+    assert (limited.code, limited.left) == (0, [])
+    assert "time_limit: ended after step" in limited.out
+
+    step = json.loads((cut / "result.json").read_text())["step"]
+    running = start_until(cut, step + 3, words)
+    os.kill(running.pids("ray::TrainerRank")[0], signal.SIGKILL)
+    finished = running.finish()
+    assert finished.code == 0, finished.err
+    assert finished.left == []
+    assert "the trainer ranks are started again" in finished.out
+
+    assert_same_run(whole, cut, weights="adapter_model.safetensors")
+    kinds = [row["kind"] for row in rows(cut / "events.jsonl")]
+    assert kinds.count("restart") == 1
     assert (cut / "best").readlink() == (whole / "best").readlink()
     again = run(*words, "--output_dir", str(cut))
     assert again.code == 2
     assert "holds a run already, which has finished" in again.err
 
 
-def test_grpo_goes_on_bitwise_after_it_was_killed(workspace: Path) -> None:
+def test_grpo_goes_on_bitwise_after_an_interrupt_and_a_lost_rank(workspace: Path) -> None:
     words = (
-        *("grpo", "--config", str(workspace / "grpo.yaml"), "--max_steps", "5", "--resume_steps", "1"),
+        *("grpo", "--config", str(workspace / "grpo.yaml"), "--max_steps", "6", "--resume_steps", "1"),
         *("--eval_steps", "2", "--beta", "0.1", "--sync_ref_model", "true", "--ref_model_sync_steps", "2"),
         *("--token_steps", "2"),
     )
     whole, cut = workspace / "grpo-whole", workspace / "grpo-cut"
     finished = run(*words, "--output_dir", str(whole))
     assert finished.code == 0, finished.err
-    assert run_until(cut, 2, words).code == -signal.SIGKILL
-    resumed = run(*words, "--output_dir", str(cut))
+    running = start_until(cut, 2, words)
+    running.process.send_signal(signal.SIGINT)
+    interrupted = running.finish(timeout=120)
+    assert (interrupted.code, interrupted.left) == (130, [])
+    end = rows(cut / "events.jsonl")[-1]
+    assert (end["kind"], end["outcome"]) == ("end", "interrupted")
+    running = start(*words, "--output_dir", str(cut))
+    while not (cut / "resume" / "step-4").exists():
+        assert running.process.poll() is None, running.finish()
+        time.sleep(0.01)
+    os.kill(running.pids("ray::TrainerRank")[1], signal.SIGKILL)
+    resumed = running.finish()
     assert resumed.code == 0, resumed.err
+    assert "the run goes on after step" in resumed.out
     assert_same_run(whole, cut)

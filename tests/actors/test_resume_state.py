@@ -1,12 +1,14 @@
 """Manifest, choice of the state, comparison of configs, truncation: without any actor."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from actors.resume_config import changes, is_same_layout
+from actors.resume_schedule import Schedule, to_keep
 from actors.resume_state import (
     Manifest,
     State,
@@ -23,6 +25,7 @@ from actors.resume_state import (
 )
 from algorithms.data import Prompt, int_row
 from algorithms.progress import Progress
+from configs.checkpoint import CheckpointConfig
 from configs.errors import BasculeError, ConfigError
 from configs.schema import RunConfig
 
@@ -77,6 +80,8 @@ def test_the_newest_complete_state_is_taken_unless_the_run_has_finished(tmp_path
     assert found is not None
     assert found.step == 10
     assert find_state(config(checkpoint={"resume": "never"}), tmp_path) is None
+    (tmp_path / "result.json").write_text('{"finished": false}')
+    assert find_state(config(), tmp_path) == found
     (tmp_path / "result.json").write_text("{}")
     assert find_state(config(), tmp_path) is None
     found = find_state(config(checkpoint={"resume": str(tmp_path / "resume" / "step-2")}), tmp_path)
@@ -90,7 +95,7 @@ def test_older_states_later_ones_and_unfinished_ones_are_removed(tmp_path: Path)
     for step in (1, 2, 3, 10, 11):
         write(tmp_path, step)
     (tmp_path / "resume" / "step-4.bascule-partial").mkdir()
-    forget(tmp_path, after=10, keep=2)
+    forget(tmp_path, lambda steps: {3, 10} & {*steps})
     assert [path.name for path in states(tmp_path)] == ["step-3", "step-10"]
     assert len(list((tmp_path / "resume").iterdir())) == 2
 
@@ -139,13 +144,33 @@ def test_a_digest_tells_rows_from_other_rows() -> None:
     assert len({items([1, 2], [3]), items([1], [2, 3]), items([3], [1, 2])}) == 3
 
 
-def test_states_are_refused_where_sampling_runs_ahead() -> None:
-    settings = {"algorithm": "grpo", "rewards": [{"function": "r"}], "checkpoint": {"resume_steps": 1}}
-    config(**settings)
-    with pytest.raises(ValueError, match=r"checkpoint\.resume_steps: .*grpo\.max_lag 0, not 1"):
-        config(**settings, grpo={"max_lag": 1})
+def test_which_states_are_kept() -> None:
+    steps, scores = [2, 4, 5, 6, 7], {2: 0.9, 4: 0.9, 6: 0.1}
+    assert to_keep(steps, CheckpointConfig(), scores) == {6, 7}
+    settings = CheckpointConfig(resume_keep=1, resume_keep_every=5, resume_keep_best=True)
+    assert to_keep(steps, settings, scores) == {2, 5, 7}
 
 
-def test_states_of_adapters_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"checkpoint\.resume_steps: a run with adapters"):
-        config(checkpoint={"resume_steps": 1}, tuner={"tuner_type": "lora"})
+def test_when_a_state_is_due() -> None:
+    every = Schedule(CheckpointConfig(resume_steps=4, resume_keep_every=6, resume_keep_best=True))
+    due = [step for step in range(1, 13) if every.is_due(step, is_best=step == 5)]
+    assert due == [4, 5, 6, 8, 12]
+    never = Schedule(CheckpointConfig(resume_steps=0))
+    assert not any(never.is_due(step, is_best=True) for step in range(1, 9))
+
+
+def test_auto_costs_a_twentieth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    schedule = Schedule(CheckpointConfig())
+    assert schedule.is_due(1, is_best=False)
+    schedule.began(2.0)
+    now = 1037.9
+    assert not schedule.is_due(2, is_best=False)
+    now = 1038.1
+    assert schedule.is_due(3, is_best=False)
+    # A disk that takes a minute is left in peace for another.
+    schedule.ended(60.0)
+    assert not schedule.is_due(4, is_best=False)
+    now = 1118.1
+    assert schedule.is_due(5, is_best=False)

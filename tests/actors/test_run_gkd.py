@@ -12,7 +12,7 @@ import torch
 
 from actors.cli import main
 from tests.actors import gkd_reference
-from tests.actors.engine_helpers import make_model, reference_greedy, reference_score, save_tokenizer
+from tests.actors.engine_helpers import make_model, reference_score, save_tokenizer
 from tests.actors.run_helpers import Finished, evaluated, make_workspace, rows, run, start
 
 pytestmark = pytest.mark.e2e
@@ -151,12 +151,15 @@ def test_a_teacher_in_engines_writes_completions_and_one_that_is_killed_is_repla
     events = [row["text"] for row in rows(directory / "events.jsonl") if row["kind"] == "restart"]
     assert re.match(r"teacher engine \d is lost: .*; starting another", events[0])
     assert len(events) == 1 or "was started again" in events[1]
-    # Cold enough to be greedy.
+    # At this temperature nothing comes that is less likely than the likeliest by much.
     teacher = AutoModelForCausalLM.from_pretrained(workspace / "teacher", dtype=torch.float32)
     completions = rows(directory / "rollouts.jsonl")
     assert len(completions) == 40 * 16
     for row in completions[::60]:
-        assert row["token_ids"] == reference_greedy(teacher, numbers(row["columns"]["prompt"]), 10)
+        before, own = numbers(row["columns"]["prompt"]), row["token_ids"]
+        with torch.no_grad():
+            logits_TV = teacher(torch.tensor([[*before, *own]])).logits[0, len(before) - 1 : -1]
+        assert float((logits_TV.max(dim=1).values - logits_TV[range(len(own)), own]).max()) < 0.15
     # All of them count as the dataset's would.
     for row in rows(directory / "metrics.jsonl"):
         if "loss" in row:

@@ -34,7 +34,7 @@ class Rank:
 def test_checkpoints_are_numbered_by_the_runs_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last one too, and not by optimizer steps, of which a step may have several."""
     ranks = [Rank(), Rank()]
-    monkeypatch.setattr(trainer, "start_ranks", lambda *_: ranks)
+    monkeypatch.setattr(trainer, "start_ranks", lambda *_, **__: ranks)
     monkeypatch.setattr(deadline, "get", lambda found, *_, **__: found)
     monkeypatch.setattr(deadline, "get_all", lambda found, *_, **__: found)
     config = RunConfig.model_validate(

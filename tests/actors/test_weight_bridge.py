@@ -20,7 +20,8 @@ import ray
 import torch
 
 from actors.bridge import WeightBridge
-from actors.engine_group import EngineGroup, create_engines
+from actors.engine_group import EngineGroup
+from actors.engine_start import create_engines
 from actors.model_source import ModelSource
 from actors.placement import Reservation, bundles_of, reserve
 from actors.trainer import TrainerGroup

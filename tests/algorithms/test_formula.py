@@ -29,6 +29,19 @@ def test_the_default_loss_is_spelled_out_with_its_numbers() -> None:
     )
 
 
+def test_losses_on_the_load_of_experts_are_told() -> None:
+    loss = config("sft", {})
+    for settings, words in (
+        ({"moe_aux_loss_coeff": 0.01}, ",  plus Σ_layers [ 0.01 E Σ_i f_i P_i ] over the step's tokens"),
+        (
+            {"moe_z_loss_coeff": 1e-3},
+            ",  plus Σ_layers [ 0.001 mean_t logsumexp(z_t)² ] over the step's tokens",
+        ),
+    ):
+        trainer = loss.trainer.model_copy(update=settings)
+        assert loss_line(loss.model_copy(update={"trainer": trainer})) == loss_line(loss) + words
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

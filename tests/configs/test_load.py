@@ -196,6 +196,10 @@ def test_several_datasets_and_what_contradicts_another_option() -> None:
             ("--freeze", "*.bias", "--tuner_type", "lora"),
             "trainer.freeze: is not used with tuner.tuner_type lora",
         ),
+        (
+            ("--stall_timeout_s", "30", "--collective_timeout_s", "20"),
+            "bridge.stall_timeout_s: 30 has to be below cluster.collective_timeout_s 20",
+        ),
     ):
         with pytest.raises(ConfigError) as caught:
             loaded(*common, *words)
