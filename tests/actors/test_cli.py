@@ -264,12 +264,6 @@ def test_sizes_of_a_plan_that_are_none_are_named(
     assert message.startswith(f"error: command line: --layout.tensor_model_parallel_size {words}")
 
 
-def test_a_model_is_made_in_a_directory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    message = refused(capsys, "make-model", "tiny", "--output_dir", str(tmp_path / "file"))
-    assert f"--output_dir: {tmp_path / 'file'} is not a directory" in message
-
-
 @pytest.mark.parametrize(
     ("function", "words"),
     [

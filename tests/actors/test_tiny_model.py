@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from actors.cli import main
 from actors.tiny_model import build_tiny_model, train_tokenizer, write_arithmetic
 
 
@@ -88,3 +89,9 @@ def test_arithmetic_files(tmp_path: Path) -> None:
     for row in rows["train.jsonl"]:
         digits = [int(digit) for digit in row["prompt"].removeprefix("range ")]
         assert row["answer"] == str(max(digits) - min(digits))
+
+
+def test_the_command_wants_a_directory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["make-model", "tiny", "--output_dir", str(tmp_path / "file")]) == 2
+    assert f"--output_dir: {tmp_path / 'file'} is not a directory" in capsys.readouterr().err

@@ -157,8 +157,8 @@ def test_groups_are_those_that_the_run_has_and_tensor_parallel_ranks_stay_on_one
 ASKED = shlex.split("""--job_name job-1 --namespace rl --image r/i@sha256:0 --claim big --mount_path /shared/x
 --output_dir /shared/x/run --secret_env.WANDB_API_KEY wandb/key --env.NCCL_DEBUG WARN --env.NCCL_IB_TIMEOUT 22
 --image_pull_secrets pull --service_account runs --kubernetes.annotations.k8s.v1.cni.cncf.io/networks net
---node_selector.pool h100 --active_deadline_s 3600 --pre_running_deadline_s 60 --pod_grace_s 120 --auth_secret token
---gpu_resource amd.com/gpu --backoff_limit 5""")
+--node_selector.pool h100 --active_deadline_s 3600 --pre_running_deadline_s 60 --pod_grace_s 120
+--auth_secret token --gpu_resource amd.com/gpu --backoff_limit 5""")
 
 
 def test_everything_that_can_be_asked_for_is_in_the_pods(capsys: pytest.CaptureFixture[str]) -> None:
