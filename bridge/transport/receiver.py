@@ -26,6 +26,7 @@ from bridge.sync_protocol import WorkerReport, decode_header, empty_header, enco
 from bridge.transport.base import Group, TransportError, naming
 from bridge.transport.lora_loading import build_adapter, manager_of
 from bridge.transport.vllm_fixes import (
+    LoadCounts,
     abort_layerwise_reload,
     prepack_experts_on_update,
     repack_tied_lm_head,
@@ -91,6 +92,7 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
         self._adapter_tensors: Mapping[str, torch.Tensor] = {}
         self._adapter: LoRAModel | None = None
         self._mixed = False
+        self._counts = LoadCounts()
         self._note = ProgressNote(None, 0)
 
     @abstractmethod
@@ -291,7 +293,8 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
                 yield name, tensor
 
         try:
-            cast(Any, self.model).load_weights(watched(weights))
+            with self._counts.in_use():
+                cast(Any, self.model).load_weights(watched(weights))
         # The loader is the model's own code: it raises whatever it likes, mostly without naming the tensor.
         except Exception as error:
             last = taken[-1] if taken else "the first tensor"

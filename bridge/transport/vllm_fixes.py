@@ -6,7 +6,8 @@ any other version is refused.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -97,6 +98,52 @@ def abort_layerwise_reload(model: torch.nn.Module) -> None:
                 layerwise._place_kernel_tensors(layer, info)
         info.reset()
     layerwise.LOADING_LAYERS.clear()
+
+
+class LoadCounts:
+    """How many elements a call of a weight loader copies, counted once for every kind of call.
+
+    Symptom: for every tensor of every update vLLM runs the loader twice, the first time on no memory, to count,
+    which takes most of the time that small tensors take. What is counted depends on the loader, which belongs to a
+    layer, on shapes and types, and on the other arguments (the shard, the expert).
+    To be dropped when counting costs microseconds, or vLLM remembers.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[int, object]] = {}
+
+    @contextmanager
+    def in_use(self) -> Generator[None]:
+        """While the body loads weights."""
+        counting = _LAYERWISE.get_numel_loaded
+        _LAYERWISE.get_numel_loaded = functools.partial(self._count, counting)
+        try:
+            yield
+        finally:
+            _LAYERWISE.get_numel_loaded = counting
+
+    def _count(
+        self, counting: Callable[..., tuple[int, object]], loader: Callable[..., object], arguments: Any
+    ) -> tuple[int, object]:
+        try:
+            key = loader, *((name, _kind(value)) for name, value in arguments.arguments.items())
+            known = self._known.get(key)
+        except TypeError:
+            # Something that cannot be compared by value.
+            return counting(loader, arguments)
+        if known is None:
+            known = counting(loader, arguments)
+            if known[1] is None or isinstance(known[1], bool):
+                self._known[key] = known
+        return known
+
+
+# Any: it imports the function for itself.
+_LAYERWISE: Any = layerwise
+
+
+def _kind(value: Any) -> Any:
+    return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else value
 
 
 def repack_tied_lm_head(model: torch.nn.Module) -> None:
