@@ -69,7 +69,7 @@ def steps_of(metrics: Path) -> list[int]:
 
 
 def test_sft_with_adapters_is_the_same_run_whatever_happens_to_it(workspace: Path) -> None:
-    """SIGKILL, SIGTERM, Ctrl-C, a time limit and a lost rank, one after the other, change no number of it."""
+    """SIGKILL, SIGTERM, a time limit and a lost rank, one after the other, change no number of it."""
     words = (
         *("sft", "--config", str(workspace / "sft.yaml"), "--max_steps", "50", "--sft.batch_size", "6"),
         *("--lr_decay_style", "cosine", "--resume_steps", "2", "--eval_steps", "20", "--save_steps", "20"),
@@ -100,11 +100,6 @@ def test_sft_with_adapters_is_the_same_run_whatever_happens_to_it(workspace: Pat
     assert result["state"] == str(cut / "resume" / f"step-{result['step']}")
     assert rows(cut / "metrics.jsonl")[-1]["step"] == result["step"] >= 8
     assert next(describe_run(cut, live=True, stacks=False)) == f"{cut}: interrupted, {ended.err.strip()}"
-
-    running = start_until(cut, result["step"] + 4, words)
-    running.process.send_signal(signal.SIGINT)
-    ended = running.finish()
-    assert (ended.code, ended.left) == (130, [])
 
     limited = run(*words, "--output_dir", str(cut), "--time_limit", "1s")
     assert (limited.code, limited.left) == (0, [])
