@@ -146,15 +146,18 @@ def run_scoring(layout: str) -> dict[str, float]:
     teacher, trainer = build_teacher(), run_under(LAYOUTS[layout], False).trainer
     frozen = FrozenModel(trainer, torch.float32, spec_of(teacher), device="cpu", load=loader(teacher))
     scoring = ScoringTeacher(frozen, offload=True)
-    rows = make_sequences(VOCABULARY)
-    scoring.logprobs(rows, 0.7)
+    batches, groups = split_rows(make_sequences(VOCABULARY), 2)
+    scoring.logprobs(batches, 0.7)
     errors = [0.0]
-    for row, got in zip(rows, scoring.logprobs(rows, 0.7) or (), strict=False):
-        with torch.no_grad():
-            logits = teacher(torch.tensor(row.tokens_T)[None].long()).logits[0]
-        labels = torch.tensor(row.labels_T).long()[:, None]
-        want = torch.log_softmax(logits / 0.7, -1).gather(1, labels)[:, 0]
-        errors.append(float(((torch.tensor(got) - want) * torch.tensor(row.loss_mask_T)).abs().max()))
+    for group, got in zip(groups, scoring.logprobs(batches, 0.7) or (), strict=False):
+        wanted: list[torch.Tensor] = []
+        for row in group:
+            with torch.no_grad():
+                logits = teacher(torch.tensor(row.tokens_T)[None].long()).logits[0]
+            labels = torch.tensor(row.labels_T).long()[:, None]
+            wanted.append(torch.log_softmax(logits / 0.7, -1).gather(1, labels)[:, 0])
+        want = torch.cat(wanted)
+        errors.append(float((torch.tensor(got[: len(want)]) - want).abs().max()))
     return {
         "logprobs": max(errors),
         "rows": float(parallel_state.is_pipeline_last_stage() != (len(errors) > 1)),

@@ -28,6 +28,7 @@ def ending(started: float | None = None, **changed: Any) -> Ending:
 
 
 def test_sigterm_lets_a_step_go_on_until_there_is_just_time_to_save() -> None:
+    before = signal.getsignal(signal.SIGTERM)
     with ending(cluster={"grace_s": 1.0}) as end:
         end.loop_begins()
         start = time.monotonic()
@@ -38,7 +39,7 @@ def test_sigterm_lets_a_step_go_on_until_there_is_just_time_to_save() -> None:
         with pytest.raises(KeyboardInterrupt):
             time.sleep(5)
         assert 0.25 < time.monotonic() - start < 0.9
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_save_is_not_interrupted_but_what_comes_after_it() -> None:
