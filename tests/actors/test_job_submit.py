@@ -1,6 +1,7 @@
 """Jobs on a real head on this machine: the submitted folder's code runs, with the same outcome and exit code."""
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -173,3 +174,6 @@ def test_ctrl_c_stops_the_job(dashboard: str, clone: Path, tmp_path: Path) -> No
     assert job.returncode == 130, seen + out
     assert "stopping job" in out
     assert "was stopped" in out
+    # Ray gives it the time to save.
+    (saved,) = re.findall(r"SIGTERM: ended after step (\d+); started again it goes on after step \1\n", out)
+    assert (tmp_path / "run" / "resume" / f"step-{saved}" / "manifest.json").is_file()
