@@ -20,7 +20,7 @@ from tests.actors.engine_helpers import make_model, prompt, reference_greedy, sa
 
 ROOT = Path(__file__).parents[2]
 # As `python -m actors.cli`, but a shell that starts the tests in the background has SIGINT ignored.
-_PROGRAM = (
+PROGRAM = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "from actors.cli import main; sys.exit(main())"
 )
@@ -138,7 +138,7 @@ class Running:
         return Finished(code=self.process.returncode, out=out, err=err, left=list(left.values()))
 
 
-def start(*arguments: str, program: Sequence[str] = ("-c", _PROGRAM)) -> Running:
+def start(*arguments: str, program: Sequence[str] = ("-c", PROGRAM)) -> Running:
     """`bascule ARGUMENTS` in a new process."""
     mark = uuid.uuid4().hex
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

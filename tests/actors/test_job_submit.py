@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bridge.transport.gloo import free_port
-from tests.actors.run_helpers import ROOT, rows
+from tests.actors.run_helpers import PROGRAM, ROOT, rows
 
 pytestmark = pytest.mark.e2e
 
@@ -90,13 +90,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start_submit(clone: Path, dashboard: str, *words: str, token: str = "a" * 64) -> subprocess.Popen[str]:
     """`bascule submit` in the clone."""
-    program = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from actors.cli import main; sys.exit(main())"
-    )
     return subprocess.Popen(
         [
-            *(sys.executable, "-c", program, "submit", "--config", str(ROOT / "configs/sft-tiny.yaml")),
+            *(sys.executable, "-c", PROGRAM, "submit", "--config", str(ROOT / "configs/sft-tiny.yaml")),
             *(
                 "--address",
                 dashboard,
