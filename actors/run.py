@@ -42,13 +42,15 @@ from actors.trainer import TrainerGroup
 from actors.trainer_rank import Sources
 from algorithms import grpo, sft
 from algorithms.conversations import Samples, make_prompts, make_sft_samples
-from algorithms.data import Prompt
-from algorithms.datasets import read_splits
+from algorithms.data import Prompt, TrainSample
+from algorithms.datasets import read_rows, read_splits
 from algorithms.environments.loading import Environment, load_environment
-from algorithms.prompts import PromptStream
+from algorithms.prompts import PromptStream, Stream
 from algorithms.rewards.loading import Reward, load_rewards
 from algorithms.rewards.signature import check_arguments
 from algorithms.roles import Roles
+from algorithms.rows import Row
+from algorithms.streaming import SampleStream, open_stream
 from bridge.families import read_hf_config
 from bridge.frozen import frozen_parameters
 from bridge.model_bridge import ModelBridge
@@ -72,6 +74,8 @@ class Prepared:
     prompts: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...]
     samples: Samples
+    stream: SampleStream | None
+    """In place of all samples, where they are streamed."""
     held_out_samples: Samples
     rewards: tuple[Reward, ...]
     environment: Environment | None
@@ -107,7 +111,8 @@ def prepare(config: RunConfig) -> Prepared:
     teacher = find_teacher(config, source)
     sources = replace(sources, teacher=source_in_trainer(config, teacher))
     lessons = make_lessons(config, tokenizer) if config.algorithm == "gkd" else None
-    rows, held_out_rows = ([], []) if lessons else read_splits(config.data, config.seed)
+    stream = open_stream(config, tokenizer) if config.data.streaming else None
+    rows, held_out_rows = _rows(config, has_lessons=lessons is not None)
     check_column([*rows, *held_out_rows], config)
     prompts = (
         make_prompts(rows, tokenizer, config.data) if is_grpo else list(lessons.prompts if lessons else ())
@@ -137,12 +142,22 @@ def prepare(config: RunConfig) -> Prepared:
         prompts=tuple(prompts),
         held_out=tuple(held_out),
         samples=samples,
+        stream=stream,
         held_out_samples=held_out_samples,
         rewards=tuple(rewards),
         environment=environment,
         teacher=teacher,
         lessons=lessons,
     )
+
+
+def _rows(config: RunConfig, *, has_lessons: bool) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and held-out ones, but those that are read elsewhere."""
+    if has_lessons:
+        return [], []
+    if config.data.streaming:
+        return [], read_rows(config.data, "eval", config.seed)
+    return read_splits(config.data, config.seed)
 
 
 def _check_columns(
@@ -352,7 +367,9 @@ def _run_sft(
     console.line(f"trainers are up after {time.monotonic() - start:.1f}s")
     if prepared.samples.truncated or prepared.samples.dropped:
         console.line(f"data: {prepared.samples.describe()}")
-    samples = PromptStream(prepared.samples.kept, seed=config.seed, shuffle=config.data.shuffle)
+    samples: Stream[TrainSample] = prepared.stream or PromptStream(
+        prepared.samples.kept, seed=config.seed, shuffle=config.data.shuffle
+    )
     keeper = StateKeeper(config, directory, trainers, recorder, {"samples": samples}, prepared.state, ending)
     with recorder, keeper:
         held_out = prepared.held_out_samples.kept
@@ -360,4 +377,6 @@ def _run_sft(
             lambda: sft.train(config, trainers, samples, held_out, recorder, keeper),
             *(config, trainers, keeper, recorder),
         )
+    if prepared.stream is not None:
+        console.line(f"data: {prepared.stream.describe()}")
     trainers.save_last()
