@@ -112,16 +112,7 @@ def prepare(config: RunConfig) -> Prepared:
     sources = replace(sources, teacher=source_in_trainer(config, teacher))
     lessons = make_lessons(config, tokenizer) if config.algorithm == "gkd" else None
     stream = open_stream(config, tokenizer) if config.data.streaming else None
-    rows, held_out_rows = _rows(config, has_lessons=lessons is not None)
-    check_column([*rows, *held_out_rows], config)
-    prompts = (
-        make_prompts(rows, tokenizer, config.data) if is_grpo else list(lessons.prompts if lessons else ())
-    )
-    held_out = make_prompts(held_out_rows, tokenizer, config.data) if is_grpo else []
-    samples, held_out_samples = (
-        make_sft_samples([] if is_grpo else part, tokenizer, config.sft, config.data)
-        for part in (rows, held_out_rows)
-    )
+    prompts, held_out, samples, held_out_samples = _read_data(config, tokenizer, lessons)
     if config.algorithm == "sft":
         config = with_steps_of_epochs(config, len(samples.kept))
     rewards = load_rewards(config.rewards) if is_grpo else ()
@@ -151,13 +142,26 @@ def prepare(config: RunConfig) -> Prepared:
     )
 
 
-def _rows(config: RunConfig, *, has_lessons: bool) -> tuple[list[Row], list[Row]]:
-    """Rows to train on and held-out ones, but those that are read elsewhere."""
-    if has_lessons:
-        return [], []
+def _read_data(
+    config: RunConfig, tokenizer: Any, lessons: Lessons | None
+) -> tuple[list[Prompt], list[Prompt], Samples, Samples]:
+    """Prompts and samples to train on, and held-out ones after each; without those that are streamed."""
+    rows: list[Row] = []
+    held_out: list[Row] = []
     if config.data.streaming:
-        return [], read_rows(config.data, "eval", config.seed)
-    return read_splits(config.data, config.seed)
+        held_out = read_rows(config.data, "eval", config.seed)
+    elif lessons is None:
+        rows, held_out = read_splits(config.data, config.seed)
+    check_column([*rows, *held_out], config)
+    if config.algorithm == "grpo":
+        none = Samples(kept=(), truncated=0, dropped=0)
+        prompts, others = (make_prompts(part, tokenizer, config.data) for part in (rows, held_out))
+        return prompts, others, none, none
+    prompts = list(lessons.prompts) if lessons else []
+    samples, held_out_samples = (
+        make_sft_samples(part, tokenizer, config.sft, config.data) for part in (rows, held_out)
+    )
+    return prompts, [], samples, held_out_samples
 
 
 def _check_columns(
