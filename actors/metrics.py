@@ -18,8 +18,7 @@ from actors.resume_state import FOLDER, RESULT, State, forget, truncate_files
 from actors.status_file import StatusFile
 from algorithms.data import FloatRow, Scored, TokenRecord
 from algorithms.stored_rollouts import stored_row
-from bridge.partial_directory import naming
-from configs.errors import WriteError
+from configs.errors import WriteError, naming
 
 _FILES = ("metrics.jsonl", "rollouts.jsonl", "tokens.jsonl", "events.jsonl")
 _PHASES = ("generate", "train", "sync")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from algorithms.progress import Progress
-from bridge.partial_directory import naming, partial_of
-from configs.errors import BasculeError, ConfigError
+from bridge.partial_directory import partial_of
+from configs.errors import BasculeError, ConfigError, naming
 from configs.schema import RunConfig
 
 FOLDER = "resume"
