@@ -1,6 +1,6 @@
 """The root of the errors a user is meant to read: one message that names what, where and what to do."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ class WriteError(BasculeError):
 
 
 @contextmanager
-def naming(path: Path, tensor: str | None = None) -> Iterator[None]:
+def naming(path: Path, tensor: str | None = None) -> Generator[None]:
     """Turns errors of the operating system into WriteError that names the file and the tensor."""
     try:
         yield
