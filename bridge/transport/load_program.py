@@ -218,8 +218,9 @@ class LoadRecorder:
                 yield
         finally:
             _LAYERWISE._layerwise_process, _LAYERWISE.get_numel_loaded = process, count
+        given = dict(sources)
         for place, tensor in self._in_place:
-            self._verify(place, tensor, dict(sources))
+            self._verify(place, tensor, given)
         self._kept = self._waiting(sources)
 
     def program(self) -> LoadProgram | None:
@@ -275,8 +276,9 @@ class LoadRecorder:
                 arguments.arguments["param"] = parameter
                 layerwise._get_original_loader(parameter)(*arguments.args, **arguments.kwargs)
         with self._watch.looking_away():
+            given = dict(sources)
             for place, parameter in targets:
-                self._verify(place, parameter, dict(sources))
+                self._verify(place, parameter, given)
             process(layer, info)
 
     def _verify(self, place: Place, tensor: torch.Tensor, sources: Mapping[str, torch.Tensor]) -> None:

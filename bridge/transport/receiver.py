@@ -97,6 +97,7 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
         self._counts = LoadCounts()
         self._program: LoadProgram | None = None
         self._recorder: LoadRecorder | None = None
+        self._may_record = True
         self._note = ProgressNote(None, 0)
 
     @abstractmethod
@@ -147,7 +148,7 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
                 self._program.open()
             else:
                 initialize_layerwise_reload(self.model)
-                self._recorder = LoadRecorder(model=self.model)
+                self._recorder = LoadRecorder(model=self.model) if self._may_record else None
         except BaseException:
             self._abort()
             raise
@@ -295,6 +296,8 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
         if self._program is not None:
             missing += [layer for layer in self._program.incomplete(units) if layer not in missing]
         if missing:
+            # With the tensors of an update that was complete: the copies are not all that this model needs.
+            self._may_record = self._program is None
             raise TransportError(
                 f"{where}: {len(missing)} layers are not complete: {', '.join(missing[:8])}; the plan must have "
                 "all tensors of the model"
