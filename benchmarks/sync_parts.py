@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -109,19 +110,17 @@ def trainer_main(job: dict[str, Any], results: Any) -> None:
     memory = torch.ones(max(_PLAIN_BUCKET, 1), dtype=torch.uint8)
     go = torch.empty(1, dtype=torch.uint8)
     extra, hashing = 0, []
+    busy: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(job["repetitions"] + 1):
         for way in WAYS:
             everyone.broadcast(go, 0)
+            start = time.process_time()
             if way == "ours":
-                with _Peak(before) as peak:
+                # Later the other ways have left memory behind.
+                with _Peak(before) if not extra else nullcontext() as peak:
                     for number in sender.buckets:
                         bridge.send(sender.pack(number), 0)
-                # Later the other ways have left memory behind.
-                extra = extra or peak.extra
-                start = time.perf_counter()
-                for tensor in tensors.values():
-                    fingerprint(tensor.view(-1).view(torch.uint8))
-                hashing.append(time.perf_counter() - start)
+                extra = peak.extra if peak else extra
             elif way == "broadcast":
                 for size in _plain_pieces(sync_plan.nbytes):
                     everyone.broadcast(memory[:size], 0)
@@ -135,7 +134,13 @@ def trainer_main(job: dict[str, Any], results: Any) -> None:
                 for tensor in tensors.values():
                     bridge.send(tensor.view(-1).view(torch.uint8), 0)
             everyone.recv(go, 2)  # the engine is ready
-    results.put({"trainer_extra": extra, "hash_seconds": hashing[1:]})
+            busy[way].append(time.process_time() - start)
+            if way == "ours":
+                start = time.perf_counter()
+                for tensor in tensors.values():
+                    fingerprint(tensor.view(-1).view(torch.uint8))
+                hashing.append(time.perf_counter() - start)
+    results.put({"trainer_extra": extra, "hash_seconds": hashing[1:], "trainer_busy": busy})
     everyone.recv(go, 0)
 
 
@@ -158,13 +163,15 @@ def bridge_main(job: dict[str, Any], results: Any) -> None:
     memory = torch.ones(max(_PLAIN_BUCKET, *sizes), dtype=torch.uint8)
     go = torch.zeros(1, dtype=torch.uint8)
     extra = 0
+    busy: dict[str, list[float]] = {way: [] for way in WAYS}
     for turn in range(job["repetitions"] + 1):
         for way in WAYS:
             everyone.broadcast(go, 0)
+            start = time.process_time()
             if way == "ours":
-                with _Peak(before) as peak:
+                with _Peak(before) if not extra else nullcontext() as peak:
                     relay.forward(trainers, engines, SyncOrder(version=turn), (1,), ("engine",))
-                extra = extra or peak.extra
+                extra = peak.extra if peak else extra
             elif way == "broadcast":
                 for size in _plain_pieces(sync_plan.nbytes):
                     everyone.broadcast(memory[:size], 0)
@@ -173,9 +180,11 @@ def bridge_main(job: dict[str, Any], results: Any) -> None:
                     trainers.recv(memory[:size], 1)
                     engines.broadcast(memory[:size], 0)
             everyone.recv(go, 2)
+            busy[way].append(time.process_time() - start)
     results.put(
         {
             "bridge_extra": extra,
+            "bridge_busy": busy,
             "nbytes": sync_plan.nbytes,
             "buckets": len(sync_plan.buckets),
             "largest_bucket": sync_plan.largest_bucket,
@@ -210,16 +219,18 @@ def engine_main(job: dict[str, Any], results: Any) -> None:
     receiver.join(to_wire(sync_plan))
     go = torch.empty(1, dtype=torch.uint8)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    busy: dict[str, list[float]] = {way: [] for way in WAYS}
     for turn in range(job["repetitions"] + 1):
         for way in WAYS:
             receiver.everyone.broadcast(go, 0)
-            before = time.perf_counter()
+            before, start = time.perf_counter(), time.process_time()
             receiver.ways[way](turn)
+            busy[way].append(time.process_time() - start)
             if turn:
                 seconds[way].append(time.perf_counter() - before)
             for rank in (0, 1):
                 receiver.everyone.send(go, rank)
-    results.put(seconds)
+    results.put({**seconds, "engine_busy": busy})
     receiver.everyone.recv(go, 0)
 
 
@@ -297,8 +308,17 @@ class _Receiver:
         return self._worker.worker.weight_transfer_engine
 
     def _load(self, calls: Iterable[Iterator[tuple[str, torch.Tensor]]]) -> None:
+        """As vLLM reloads: the engine's own way would copy without the loaders."""
+        from vllm.model_executor.model_loader.reload import (
+            finalize_layerwise_reload,
+            initialize_layerwise_reload,
+        )
+
+        from bridge.transport.vllm_fixes import repack_tied_lm_head
+
         engine = self._engine
-        engine.start_weight_update()
+        initialize_layerwise_reload(engine.model)
         for weights in calls:
             engine.model.load_weights(weights)
-        engine.finish_weight_update()
+        finalize_layerwise_reload(engine.model, engine.model_config)
+        repack_tied_lm_head(engine.model)

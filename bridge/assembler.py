@@ -1,6 +1,6 @@
 """An engine's end of a sync: buckets of bytes become HF tensors again, each part held against its hash."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 import xxhash
@@ -48,6 +48,11 @@ class Assembler:
     def digest(self) -> int:
         """Hash of all part hashes so far, in the order of their bytes: what was received, in one number."""
         return self._digest.intdigest()
+
+    @property
+    def tensors(self) -> Collection[str]:
+        """Names of the tensors that this sync is about."""
+        return self._missing.keys()
 
     @property
     def missing(self) -> list[str]:

@@ -91,7 +91,7 @@ class Relay:
             before = time.monotonic()
             self._note_hashes(number, buffer, order, digest)
         before = time.monotonic()
-        self._check_reports(engines, order, digest.intdigest(), workers)
+        copied = self._check_reports(engines, order, digest.intdigest(), workers)
         if self._keep:
             self._kept = order
         return {
@@ -99,6 +99,7 @@ class Relay:
             "sync/buckets": float(len(numbers)),
             "sync/collectives": float(len(numbers) + 1),
             "sync/units_sent": float(len(units)),
+            "sync/tensors_copied": float(copied),
             "sync/receive_wait_seconds": waiting,
             "sync/broadcast_seconds": broadcasting,
             "sync/report_wait_seconds": time.monotonic() - before,
@@ -207,8 +208,12 @@ class Relay:
             digest.update(as_bytes(hashes))
         self._hashes[number] = told
 
-    def _check_reports(self, engines: Group, order: SyncOrder, digest: int, workers: Sequence[str]) -> None:
-        """Every worker says what it received; that must be what the trainers sent."""
+    def _check_reports(self, engines: Group, order: SyncOrder, digest: int, workers: Sequence[str]) -> int:
+        """Every worker says what it received; that must be what the trainers sent.
+
+        Returns the number of tensors that went without vLLM's loaders, in the worker with the fewest.
+        """
+        copied: list[int] = []
         for rank, worker in enumerate(workers, 1):
             data = empty_report()
             where = f"weights of version {order.version}, report of {worker}"
@@ -220,6 +225,8 @@ class Relay:
                     f"weights of version {order.version}: {worker} reports version {report.version} with content "
                     f"{report.digest:016x}; sent was {digest:016x}"
                 )
+            copied.append(report.copied)
+        return min(copied, default=0)
 
     def _where(self, order: SyncOrder, number: int) -> str:
         return f"weights of version {order.version}, bucket {number} of {len(self._plan.buckets)}"

@@ -31,9 +31,11 @@ class WorkerReport:
     tensors: int
     digest: int
     """Assembler.digest: made from the bytes that arrived."""
+    copied: int = 0
+    """How many of the tensors were loaded by copies alone, without vLLM's loaders."""
 
 
-_REPORT_WORDS = 3
+_REPORT_WORDS = 4
 
 
 def empty_header(num_units: int) -> torch.Tensor:
@@ -72,11 +74,11 @@ def empty_report() -> torch.Tensor:
 
 def encode_report(report: WorkerReport) -> torch.Tensor:
     """A report as bytes."""
-    words = [report.version, report.tensors, signed(report.digest)]
+    words = [report.version, report.tensors, signed(report.digest), report.copied]
     return torch.tensor(words, dtype=torch.int64).view(torch.uint8)
 
 
 def decode_report(data: torch.Tensor) -> WorkerReport:
     """What `encode_report` was given."""
-    version, tensors, digest = data.view(torch.int64).tolist()
-    return WorkerReport(version=version, tensors=tensors, digest=digest % (1 << 64))
+    version, tensors, digest, copied = data.view(torch.int64).tolist()
+    return WorkerReport(version=version, tensors=tensors, digest=digest % (1 << 64), copied=copied)

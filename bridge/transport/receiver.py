@@ -4,6 +4,7 @@ import queue
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -25,6 +26,7 @@ from bridge.sync_plan import SyncPlan, from_wire, unit_of
 from bridge.sync_protocol import WorkerReport, decode_header, empty_header, encode_report
 from bridge.transport.base import Group, naming
 from bridge.transport.errors import TransportError
+from bridge.transport.load_program import LoadProgram, LoadRecorder
 from bridge.transport.lora_loading import build_adapter, manager_of
 from bridge.transport.vllm_fixes import (
     LoadCounts,
@@ -94,6 +96,9 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
         self._adapter: LoRAModel | None = None
         self._mixed = False
         self._counts = LoadCounts()
+        self._program: LoadProgram | None = None
+        self._recorder: LoadRecorder | None = None
+        self._may_record = True
         self._note = ProgressNote(None, 0)
 
     @abstractmethod
@@ -107,6 +112,7 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
         tensor, or ConfigError naming a key of the adapter's config.
         """
         self.shutdown()
+        self._program = self._recorder = None
         self._plan = from_wire(init_info.plan)
         adapter = init_info.adapter
         self._config = None if adapter is None else parse_adapter_config(adapter)
@@ -135,10 +141,17 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
         self._mixed = True
         if current_platform.is_cpu():
             prepack_experts_on_update(self.model)
+        if self._program is not None and not self._program.fits():
+            self._program = None
+        self._recorder = None
         try:
-            initialize_layerwise_reload(self.model)
+            if self._program is not None:
+                self._program.open()
+            else:
+                initialize_layerwise_reload(self.model)
+                self._recorder = LoadRecorder(model=self.model) if self._may_record else None
         except BaseException:
-            abort_layerwise_reload(self.model)
+            self._abort()
             raise
 
     def receive_weights(self, update_info: SyncUpdateInfo) -> None:
@@ -151,7 +164,7 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
         try:
             self._receive(update_info.version)
         except BaseException:
-            abort_layerwise_reload(self.model)
+            self._abort()
             self.shutdown()
             raise
 
@@ -159,10 +172,13 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
         """Process what waited for the end: attention, padding, shared matrices."""
         if self._config is not None:
             return
-        finalize_layerwise_reload(self.model, self.model_config)
+        with self._recorder.watching() if self._recorder is not None else nullcontext():
+            finalize_layerwise_reload(self.model, self.model_config)
         if current_platform.is_cpu():
             repack_tied_lm_head(self.model)
         self._mixed = False
+        if self._recorder is not None:
+            self._program, self._recorder = self._recorder.program(), None
 
     def shutdown(self) -> None:
         """Leave the group."""
@@ -170,10 +186,19 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
             self._group.close()
             self._group = None
 
+    @property
+    def program(self) -> LoadProgram | None:
+        """How the next update is loaded; None: by vLLM's loaders alone."""
+        return self._program
+
     def take_adapter(self) -> LoRAModel | None:
         """The adapter of the last update, once; None where that was the model, or there was none."""
         adapter, self._adapter = self._adapter, None
         return adapter
+
+    def _abort(self) -> None:
+        abort_layerwise_reload(self.model)
+        self._program = self._recorder = None
 
     def _receive(self, version: int) -> None:
         where = f"weights of version {version}"
@@ -189,6 +214,9 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
             raise TransportError(
                 f"{where}: {len(units)} of {len(self._plan.units)} units came; all were agreed"
             )
+        if not order.full:
+            # It shows only some of the copies.
+            self._recorder = None
         assembler = Assembler(self._plan, units)
         loaded = 0
         of_adapter: dict[str, torch.Tensor] = {}
@@ -212,9 +240,15 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
         else:
             with naming(where):
                 self._keep_adapter(of_adapter, self._config)
-        report = WorkerReport(version=version, tensors=loaded, digest=assembler.digest)
+        report = WorkerReport(
+            version=version, tensors=loaded, digest=assembler.digest, copied=self._copied(assembler.tensors)
+        )
         self._group.send(encode_report(report), 0)
         self._note.at(Stage.DONE, version)
+
+    def _copied(self, names: Iterable[str]) -> int:
+        """How many of these tensors the program loads."""
+        return 0 if self._program is None else sum(name in self._program.tensors for name in names)
 
     def _noted(
         self, version: int, numbers: Sequence[int], buffers: Iterator[torch.Tensor]
@@ -260,7 +294,11 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
         if units is not None:
             expected = set[str]().union(*(self._layers_of[unit] for unit in units))
         missing = unloaded_layers(self.model, expected)
+        if self._program is not None:
+            missing += [layer for layer in self._program.incomplete(units) if layer not in missing]
         if missing:
+            # With the tensors of an update that was complete: the copies are not all that this model needs.
+            self._may_record = self._program is None
             raise TransportError(
                 f"{where}: {len(missing)} layers are not complete: {', '.join(missing[:8])}; the plan must have "
                 "all tensors of the model"
@@ -286,6 +324,10 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
         self._layers_of[unit_of(weights[0][0])] = filled
 
     def _load(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        if self._program is not None:
+            weights = self._program.load(weights)
+            if not weights:
+                return
         taken: list[str] = []
 
         def watched(pairs: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -294,7 +336,10 @@ class SyncReceiver(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
                 yield name, tensor
 
         try:
-            with self._counts.in_use():
+            with (
+                self._counts.in_use(),
+                self._recorder.watching(weights) if self._recorder is not None else nullcontext(),
+            ):
                 cast(Any, self.model).load_weights(watched(weights))
         # The loader is the model's own code: it raises whatever it likes, mostly without naming the tensor.
         except Exception as error:

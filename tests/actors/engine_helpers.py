@@ -272,6 +272,35 @@ def started(
     remove_placement_group(group)
 
 
+def assert_copies_sample_the_same(rig: Rig, first: Any, second: Any, version: int) -> None:
+    """Loaded by copies that loaders showed for `first`, those of `second` give the numbers that loaders give.
+
+    They are left in the engine.
+    """
+    tokens = prompt(1, length=40).tokens
+    rig.engines.pause()
+    sender = Sender(rig.engines, hf_tensors(first))
+    scores: list[Any] = []
+    for number, model in enumerate((first, second, first, second)):
+        if number == 3:
+            # Who joins anew is shown by the loaders again.
+            sender.group.close()
+            sender = Sender(rig.engines, hf_tensors(second))
+        sender.tensors.update(hf_tensors(model))
+        sender.push(version + number)
+        copied = len(sender.tensors) if number in (1, 2) else 0
+        assert [report.copied for report in sender.reports] == [copied] * rig.engines.workers
+        rig.engines.resume()
+        scores.append(ask(rig, "score", tokens))
+        rig.engines.pause()
+    sender.group.close()
+    rig.engines.resume()
+    np.testing.assert_array_equal(scores[0], scores[2])
+    np.testing.assert_array_equal(scores[1], scores[3])
+    np.testing.assert_allclose(scores[0], reference_score(first, tokens), atol=1e-4)
+    np.testing.assert_allclose(scores[1], reference_score(second, tokens), atol=1e-4)
+
+
 def ask(rig: Rig, method: str, *arguments: Any) -> Any:
     """What the rig's engine answers, past the group and its pool."""
     (member,) = rig.engines.members

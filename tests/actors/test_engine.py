@@ -24,6 +24,7 @@ from tests.actors.engine_helpers import (
     Rig,
     Sender,
     ask,
+    assert_copies_sample_the_same,
     gone,
     hf_tensors,
     make_model,
@@ -184,7 +185,7 @@ def test_pushed_weights_are_the_ones_that_sample(rigs: dict[str, Rig], family: s
     assert_follows(rig, model)
     group = generate(rig, (prompt(0), settings(n=2)))["p0"]
     assert [rollout.versions for rollout in group.rollouts] == [(1, 1)] * 2
-    push(rig, rig.model, version=2)
+    assert_copies_sample_the_same(rig, model, rig.model, version=2)
     assert_follows(rig, rig.model)
 
 

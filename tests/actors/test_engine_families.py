@@ -12,8 +12,7 @@ from tests.actors.engine_helpers import (
     EOS,
     VOCABULARY,
     Rig,
-    Sender,
-    hf_tensors,
+    assert_copies_sample_the_same,
     prompt,
     reference_logprobs,
     run_config,
@@ -99,9 +98,5 @@ def assert_samples_like(rig: Rig, model: Any) -> None:
 def test_deepseek_v3_samples_like_transformers_at_start_and_after_a_push(rig: Rig) -> None:
     assert_samples_like(rig, rig.model)
     model = make_deepseek_v3(seed=2)
-    rig.engines.pause()
-    sender = Sender(rig.engines, hf_tensors(model))
-    sender.push(1)
-    sender.group.close()
-    rig.engines.resume()
+    assert_copies_sample_the_same(rig, rig.model, model, version=1)
     assert_samples_like(rig, model)

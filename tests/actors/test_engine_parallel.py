@@ -17,6 +17,7 @@ from tests.actors.engine_helpers import (
     Rig,
     Sender,
     ask,
+    assert_copies_sample_the_same,
     gone,
     hf_tensors,
     make_model,
@@ -90,13 +91,14 @@ def test_every_worker_gets_its_part_also_after_a_failed_update(rig: Rig) -> None
         with pytest.raises(EngineError, match=r"model\.layers\.1\.self_attn\.qkv_proj"):
             sender.push(attempt)
     model = make_model("llama", seed=2)
-    sender = Sender(rig.engines, hf_tensors(model))
+    sender = Sender(rig.engines, hf_tensors(rig.model))
     sender.push(5)
     sender.group.close()
     assert len(sender.reports) == 2
     rig.engines.resume()
+    assert_copies_sample_the_same(rig, rig.model, model, version=6)
     assert_follows(rig, model)
-    assert ask(rig, "info").version == 5
+    assert ask(rig, "info").version == 9
 
 
 def shared_memory(pid: int) -> set[str]:

@@ -232,8 +232,8 @@ def test_other_ways_to_submit_have_no_pod_for_it_and_a_cluster_has_no_job(
         (["--env.HF_TOKEN", "hf_canary"], "kubernetes.env: HF_TOKEN looks like a secret"),
         (["--env.A", "1", "--secret_env.A", "s/k"], "kubernetes.secret_env: A is in kubernetes.env as well"),
         (
-            ["--rewards.0.function", "null", "--rewards.0.url", "https://u:canary@h/r"],
-            "rewards.0.url: has a password in its address",
+            ["--rewards.0.kwargs.database", "https://u:canary@h/r"],
+            "rewards.0.kwargs.database: has a password in its address",
         ),
         (["--cluster.address", "auto"], "cluster.address: is the pods' own Ray's"),
         (["--gpus_per_node", "1"], "kubernetes.gpus_per_node: an engine has 2 GPUs"),
