@@ -28,8 +28,8 @@ from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffe
 from vllm.platforms import current_platform
 
 from bridge.sync_plan import unit_of
-from bridge.transport.base import TransportError
 from bridge.transport.copies import Copy, CopyWatch, Place, fills_once, same_bits
+from bridge.transport.errors import TransportError
 
 # Any: its functions find each other as the module's attributes.
 _LAYERWISE: Any = layerwise
