@@ -5,6 +5,7 @@ On a machine without CUDA, actors.megatron_cpu.install() must have run before th
 
 import copy
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from actors.megatron_layers import decoder_spec, mtp_spec
+from actors.megatron_vision import VisionLanguageModel
 from bridge.fit import moe_pattern, pipeline_stages, virtual_stages
 from bridge.layouts import padded_vocabulary
 from bridge.plan import TORCH_DTYPES
@@ -146,6 +148,8 @@ def transformer_config(
     # Megatron has no fields for these; its attention and GPTModel read them from the configuration.
     for name, value in (spec.yarn or {}).items():
         setattr(config, f"yarn_{name}", value)
+    if spec.vision is not None:
+        config.mrope_section = list(spec.vision.mrope_section)
     return config
 
 
@@ -214,6 +218,8 @@ def _with_mtp(config: TransformerConfig, layers: int) -> TransformerConfig:
 def _build_chunk(config: TransformerConfig, spec: MegatronSpec, stage: int | None) -> GPTModel:
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
     kind = _ModelWithMtp if config.mtp_num_layers else GPTModel
+    if spec.vision is not None:
+        kind = partial(VisionLanguageModel, vision=spec.vision)
     # Types are declared narrower than what Megatron accepts, and uses itself.
     chunk = kind(
         config,

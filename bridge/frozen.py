@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from bridge.megatron import EMBEDDING, OUTPUT_LAYER, chosen_rule
+from bridge.megatron import EMBEDDING, OUTPUT_LAYER, possible_rules
 from bridge.parameters import parameters_of
 from bridge.plan import TensorInfo
 from bridge.rules import Family, MegatronSpec
@@ -28,7 +28,7 @@ def frozen_parameters(
     for parameter in parameters_of(spec, mtp=False):
         # Expert biases of routers are no parameters: gradients never change them.
         if not parameter.endswith("router.expert_bias"):
-            names[parameter] = chosen_rule(family.matches(parameter, spec.num_layers), tensors).hf_names
+            names[parameter] = possible_rules(family.matches(parameter, spec.num_layers), tensors)[0].hf_names
     found: set[str] = set()
     unused = set(patterns)
     for parameter, hf_names in names.items():
