@@ -26,7 +26,14 @@ from actors.megatron_context import ContextShare
 from actors.megatron_logprobs import vocab_parallel_logprobs
 from actors.megatron_lora import adapters_off, sum_expert_gradients
 from actors.megatron_schedule import Finish, run_schedule
-from actors.megatron_setup import Device, build_chunks, optimizer_config, scheduler, transformer_config
+from actors.megatron_setup import (
+    Device,
+    build_chunks,
+    learning_rates,
+    optimizer_config,
+    scheduler,
+    transformer_config,
+)
 from actors.megatron_vision import Look
 from algorithms.data import FloatRow, MicroBatch, StepResult, float_row
 from algorithms.roles import Predictions, TokenLoss
@@ -189,7 +196,9 @@ class MegatronModel:
         _let_gradients_begin(self.chunks, config)
         self._wrapped = [DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks]
         # Declared as its base class; it is a ChainedOptimizer.
-        self.optimizer: Any = get_megatron_optimizer(optimizer_config(run), list(self._wrapped))
+        self.optimizer: Any = get_megatron_optimizer(
+            optimizer_config(run), list(self._wrapped), learning_rates(run, spec)
+        )
         self.scheduler = scheduler(self.optimizer, run)
         self._clip_grad = run.trainer.clip_grad
 
@@ -292,8 +301,9 @@ class MegatronModel:
 
 
 def _let_gradients_begin(chunks: Sequence[GPTModel], config: TransformerConfig) -> None:
-    """Ask for a gradient of frozen embeddings: a recomputed layer has one only where its input does."""
-    if config.recompute_granularity != "full":
+    """Ask for a gradient of frozen embeddings: a recomputed layer has one only where its input does, and a model
+    whose tower alone is trained only where a row has pictures."""
+    if config.recompute_granularity != "full" and config.mrope_section is None:
         return
     for chunk in chunks:
         if chunk.pre_process and not any(p.requires_grad for p in chunk.embedding.parameters()):

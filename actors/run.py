@@ -20,6 +20,7 @@ from actors.lengths import check_micro_batches, check_prompts
 from actors.metrics import RunRecorder, warn
 from actors.model_check import CheckedModel, check_model, check_same_shape
 from actors.model_source import find_model, load_tokenizer, model_size
+from actors.pictures import PictureReader
 from actors.placement import Bundle, Reservation, bundles_of, reserve
 from actors.restart import train_on
 from actors.resume import StateKeeper, forget_auto, look_for_state, rewards_of
@@ -50,7 +51,7 @@ from algorithms.rewards.loading import Reward, load_rewards
 from algorithms.rewards.signature import check_arguments
 from algorithms.roles import Roles
 from bridge.families import read_hf_config
-from bridge.frozen import frozen_parameters
+from bridge.frozen import frozen_parameters, frozen_parts
 from bridge.model_bridge import ModelBridge
 from bridge.rules import MegatronSpec
 from configs.environment import ENVIRONMENT
@@ -97,6 +98,8 @@ def prepare(config: RunConfig) -> Prepared:
     spec, contents = policy.spec, policy.contents
     adapter = find_adapter(config.tuner, ModelBridge(source.directory, contents.tensors))
     frozen = frozen_parameters(policy.family, spec, contents.tensors, config.trainer.freeze)
+    if adapter is None:
+        frozen |= frozen_parts(spec, config.vision)
     sources = Sources(model=source, adapter=adapter, frozen=frozen)
     if has_engines and adapter is not None and config.rollout.vllm_enable_lora:
         check_adapter_modules(read_hf_config(source.directory), sorted(adapter.modules), device)
@@ -113,8 +116,9 @@ def prepare(config: RunConfig) -> Prepared:
         make_prompts(rows, tokenizer, config.data) if is_grpo else list(lessons.prompts if lessons else ())
     )
     held_out = make_prompts(held_out_rows, tokenizer, config.data) if is_grpo else []
+    eye = spec.vision and PictureReader(source.directory, spec.vision, config.vision)
     samples, held_out_samples = (
-        make_sft_samples([] if is_grpo else part, tokenizer, config.sft, config.data)
+        make_sft_samples([] if is_grpo else part, tokenizer, config.sft, config.data, eye)
         for part in (rows, held_out_rows)
     )
     if config.algorithm == "sft":

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 IntRow = NDArray[np.int32]
 FloatRow = NDArray[np.float32]
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
+"""`role` and `content`, a text or a list of texts and pictures (algorithms.contents)."""
 Finish = Literal["stop", "length", "abort"]
 
 

@@ -2,12 +2,26 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from algorithms.data import IntRow, Picture, Vision, int_row
+from algorithms.data import Picture, Vision, int_row
 from configs.errors import BasculeError
+
+
+class Eye(Protocol):
+    """What knows how large a model sees pictures."""
+
+    @property
+    def sight(self) -> "Sight":
+        """What the model makes of them."""
+        ...
+
+    def picture(self, source: str | bytes, place: str) -> Picture:
+        """An image by its path or what is in its file. Raises ConfigError naming `place` and what is wrong."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,31 +43,64 @@ class Sight:
         time, height, width = picture.grid
         return time * (height // self.merge) * (width // self.merge)
 
+    def expanded(
+        self, tokens: Sequence[int], mask: Sequence[int], pictures: Sequence[Picture]
+    ) -> tuple[list[int], list[int]]:
+        """Tokens and loss mask with as many tokens for each image as it has features, none of them trained on.
 
-def place_pictures(tokens: IntRow, pictures: Sequence[Picture], sight: Sight) -> Vision:
-    """What a sequence shows whose `pictures` are in the order of their tokens.
+        `tokens` have one for each. Raises BasculeError when they have another number.
+        """
+        places = [place for place, token in enumerate(tokens) if token == self.image_token_id]
+        if len(places) != len(pictures):
+            raise BasculeError(
+                f"there are {len(pictures)} pictures, but {len(places)} tokens for them in the filled-in template"
+            )
+        sizes, shown = np.ones(len(tokens), np.int64), np.ones(len(tokens), np.int64)
+        sizes[places], shown[places] = [self.num_tokens(picture) for picture in pictures], 0
+        return np.repeat(tokens, sizes).tolist(), np.repeat(np.asarray(mask) * shown, sizes).tolist()
 
-    Raises BasculeError when it has not as many tokens for them as they have features.
-    """
-    visual_T = (tokens == sight.image_token_id) | (tokens == sight.video_token_id)
-    wanted, found = sum(sight.num_tokens(picture) for picture in pictures), int(visual_T.sum())
-    if found != wanted:
-        raise BasculeError(
-            f"{len(pictures)} pictures have {wanted} features, the sequence has {found} tokens for them"
+    def end_of_whole(self, tokens: Sequence[int], limit: int) -> int:
+        """Where at most `limit` of more tokens end if no picture is cut through."""
+        visual = (self.image_token_id, self.video_token_id)
+        end = limit
+        while end and tokens[end] in visual and tokens[end - 1] in visual:
+            end -= 1
+        return end
+
+    def vision_of(self, tokens: Sequence[int], pictures: Sequence[Picture]) -> Vision | None:
+        """What a sequence shows, of `pictures` in the order of their tokens those that it has tokens for.
+
+        None where it shows nothing. Raises BasculeError where tokens are left, or are for a part of a picture.
+        """
+        row = np.asarray(tokens)
+        visual_T = (row == self.image_token_id) | (row == self.video_token_id)
+        ends = np.cumsum([0, *(self.num_tokens(picture) for picture in pictures)])
+        found = int(visual_T.sum())
+        if found not in ends:
+            raise BasculeError(
+                f"{len(pictures)} pictures have {ends[-1]} features, the sequence has {found} tokens for them"
+            )
+        if not found:
+            return None
+        shown = tuple(pictures[: ends.tolist().index(found)])
+        grids, intervals = self._grids(shown)
+        return Vision(
+            pictures=shown,
+            slots_T=int_row(np.where(visual_T, np.cumsum(visual_T), 0)),
+            positions_3T=int_row(positions_of(~visual_T, grids, intervals)),
         )
-    grids: list[tuple[int, int, int]] = []
-    intervals: list[float] = []
-    for picture in pictures:
-        time, height, width = picture.grid
-        frames = time if picture.video and sight.timestamps else 1
-        grids += [(time // frames, height // sight.merge, width // sight.merge)] * frames
-        timed = picture.video and sight.tokens_per_second is not None
-        intervals += [(sight.tokens_per_second or 1) * picture.seconds if timed else 1.0] * frames
-    return Vision(
-        pictures=tuple(pictures),
-        slots_T=int_row(np.where(visual_T, np.cumsum(visual_T), 0)),
-        positions_3T=int_row(positions_of(~visual_T, grids, intervals)),
-    )
+
+    def _grids(self, pictures: Sequence[Picture]) -> tuple[list[tuple[int, int, int]], list[float]]:
+        """Grids of tokens that count positions of their own, and how far apart their frames are."""
+        grids: list[tuple[int, int, int]] = []
+        intervals: list[float] = []
+        for picture in pictures:
+            time, height, width = picture.grid
+            frames = time if picture.video and self.timestamps else 1
+            grids += [(time // frames, height // self.merge, width // self.merge)] * frames
+            timed = picture.video and self.tokens_per_second is not None
+            intervals += [(self.tokens_per_second or 1) * picture.seconds if timed else 1.0] * frames
+        return grids, intervals
 
 
 def positions_of(

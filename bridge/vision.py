@@ -2,7 +2,7 @@
 
 import copy
 import pkgutil
-from collections.abc import Iterator
+from typing import Literal
 
 import torch
 
@@ -21,14 +21,8 @@ def build_tower(vision: VisionSpec) -> torch.nn.Module:
     return kind._from_config(kind.config_class(**fields))
 
 
-def is_aligner(vision: VisionSpec, parameter: str) -> bool:
-    """Whether a parameter (global name) is the aligner's."""
-    return parameter.removeprefix(TOWER).startswith(vision.aligner) and parameter.startswith(TOWER)
-
-
-def parts_of(vision: VisionSpec, parameters: Iterator[str]) -> dict[str, str]:
-    """Which part of the model each parameter (global name) is of: `llm`, `vit` or `aligner`."""
-    return {
-        name: ("aligner" if is_aligner(vision, name) else "vit") if name.startswith(TOWER) else "llm"
-        for name in parameters
-    }
+def part_of(vision: VisionSpec, parameter: str) -> Literal["llm", "vit", "aligner"]:
+    """Which part of the model a parameter (global name) belongs to."""
+    if not parameter.startswith(TOWER):
+        return "llm"
+    return "aligner" if parameter.removeprefix(TOWER).startswith(vision.aligner) else "vit"

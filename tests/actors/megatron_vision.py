@@ -14,7 +14,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from algorithms.data import FloatRow, MicroBatch, Picture, float_row, int_row
-from algorithms.vision import Sight, place_pictures
+from algorithms.vision import Sight
 
 START, END, IMAGE, VIDEO = 120, 121, 122, 123
 """Ids in a vocabulary of 131 tokens."""
@@ -112,7 +112,7 @@ def make_sequences(config: hf.PretrainedConfig) -> list[MicroBatch]:
                 loss_mask_T=int_row(mask),
                 advantages_T=float_row(rng.normal(size=len(row))),
                 logprobs_T=float_row(np.zeros(len(row))),
-                vision=place_pictures(tokens, pictures, sight) if pictures else None,
+                vision=sight.vision_of(row, pictures),
             )
         )
     return rows
