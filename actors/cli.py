@@ -102,9 +102,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     make = commands.add_parser(
         "make-model", help="make a small model directory without a hub", allow_abbrev=False
     )
-    make.add_argument(
-        "kind", choices=["tiny", "smollm2"], help="tiny: random qwen3; smollm2: SmolLM2-135M-Instruct"
-    )
+    kinds = "tiny: random qwen3; tiny-vl: random qwen3_vl; smollm2: SmolLM2-135M-Instruct"
+    make.add_argument("kind", choices=["tiny", "tiny-vl", "smollm2"], help=kinds)
     make.add_argument("--output_dir", type=Path, required=True, help="where to write it")
     make.add_argument("--seed", type=int, default=42, help="seed of the random weights and of the data")
     make.set_defaults(command_function=_make_model)
@@ -291,13 +290,18 @@ def _make_model(options: argparse.Namespace, rest: list[str]) -> int:
 
         print(f"model: {convert_smollm2(options.output_dir)}")
         return 0
-    from actors.tiny_model import build_tiny_model, write_arithmetic
+    if options.kind == "tiny-vl":
+        from actors.tiny_vision import build_tiny_vision_model as build
+        from actors.tiny_vision import write_numbers as write
+    else:
+        from actors.tiny_model import build_tiny_model as build
+        from actors.tiny_model import write_arithmetic as write
 
     if options.output_dir.exists() and not options.output_dir.is_dir():
         raise ConfigError(f"--output_dir: {options.output_dir} is not a directory")
     try:
-        build_tiny_model(options.output_dir / "base", seed=options.seed)
-        write_arithmetic(options.output_dir / "data", seed=options.seed)
+        build(options.output_dir / "base", seed=options.seed)
+        write(options.output_dir / "data", seed=options.seed)
     except OSError as error:
         raise WriteError(f"--output_dir: {options.output_dir} cannot be written: {error}") from error
     print(f"model: {options.output_dir / 'base'}\ndata: {options.output_dir / 'data'}")

@@ -30,6 +30,11 @@ def check_routing(directory: Path, hf_config: Mapping[str, Any]) -> None:
         )
 
 
+def language_config(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json says of the language model, which has a part of its own where there is more than that."""
+    return hf_config.get("text_config") or hf_config
+
+
 def check_engines(directory: Path, hf_config: Mapping[str, Any], tensor_parallel_size: int) -> None:
     """Raises ConfigError when engines of a run with this config.json cannot do their part in it."""
     if hf_config["model_type"] == "gpt_oss":
@@ -43,7 +48,7 @@ def check_engines(directory: Path, hf_config: Mapping[str, Any], tensor_parallel
 
 def check_workers(hf_config: Mapping[str, Any], workers: int, option: str) -> None:
     """Raises ConfigError naming the option when so many workers cannot share the model's attention."""
-    heads = hf_config["num_attention_heads"]
+    heads = language_config(hf_config)["num_attention_heads"]
     if heads % workers:
         raise ConfigError(f"{option}: {workers} does not divide the model's {heads} attention heads")
 
@@ -76,7 +81,9 @@ def check_adapter_modules(
             _refuse_module(module, "vLLM 0.32 cannot adapt experts on CPU")
         if leaf in IGNORED_ADAPTERS:
             _refuse_module(module, "vLLM 0.32 ignores that")
-    if hf_config["vocab_size"] > _MAX_VOCABULARY and any(m.endswith("lm_head") for m in modules):
+    if language_config(hf_config)["vocab_size"] > _MAX_VOCABULARY and any(
+        m.endswith("lm_head") for m in modules
+    ):
         _refuse_module("lm_head", f"vLLM 0.32 adapts it up to a vocabulary of {_MAX_VOCABULARY}")
 
 

@@ -59,6 +59,15 @@ class ContextShare:
         blank = np.zeros((1, *rows.shape[1:]), rows.dtype)
         return np.concatenate([rows, blank])[self.split.tokens_RL[self.split.rank]]
 
+    def filled(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Rows [..., T] of the whole row once sequences are filled up; zeros in places that hold no token."""
+        if self.split is None:
+            return rows
+        row = np.zeros((*rows.shape[:-1], int(self.starts_S[-1])), rows.dtype)
+        for (start, end), place in zip(pairwise(self.batch.starts_S), self.starts_S, strict=False):
+            row[..., place : place + end - start] = rows[..., start:end]
+        return row
+
     def whole(self, mine: torch.Tensor) -> torch.Tensor:
         """Rows [T, ...] of which every context-parallel rank has a part [L, ...]; all must call it.
 

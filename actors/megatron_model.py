@@ -26,7 +26,15 @@ from actors.megatron_context import ContextShare
 from actors.megatron_logprobs import vocab_parallel_logprobs
 from actors.megatron_lora import adapters_off, sum_expert_gradients
 from actors.megatron_schedule import Finish, run_schedule
-from actors.megatron_setup import Device, build_chunks, optimizer_config, scheduler, transformer_config
+from actors.megatron_setup import (
+    Device,
+    build_chunks,
+    learning_rates,
+    optimizer_config,
+    scheduler,
+    transformer_config,
+)
+from actors.megatron_vision import Look
 from algorithms.data import FloatRow, MicroBatch, StepResult, float_row
 from algorithms.roles import Predictions, TokenLoss
 from bridge.fit import check_layout
@@ -52,7 +60,8 @@ class FrozenModel:
 
     Parameters are of `dtype`. `load` gets the chunks, one for each virtual pipeline stage of this rank, and
     has to fill every parameter; then `adapt` gets them, to attach and fill adapters. With `mtp` the
-    multi-token-prediction layers are there too, to be converted. Raises ConfigError when the model does not
+    multi-token-prediction layers are there too, to be converted. `look` gives the patches of pictures to a model
+    that sees. Raises ConfigError when the model does not
     fit the parallel layout.
     """
 
@@ -66,8 +75,10 @@ class FrozenModel:
         load: Load,
         adapt: Adapt | None = None,
         mtp: bool = False,
+        look: Look | None = None,
     ) -> None:
         check_layout(spec, layout, training=False)
+        self.look = look
         self.spec = spec
         self.device = torch.device(device)
         self.config = transformer_config(layout, dtype, spec, device)
@@ -126,7 +137,9 @@ class FrozenModel:
         for chunk in self.chunks:
             chunk.eval()
         with torch.no_grad():
-            results = run_schedule(self.chunks, micro_batches, finish, self.config, forward_only=True)
+            results = run_schedule(
+                self.chunks, micro_batches, finish, self.config, forward_only=True, look=self.look
+            )
         return results if parallel_state.is_pipeline_last_stage() else None
 
     def pass_over(self, micro_batches: Sequence[MicroBatch]) -> None:
@@ -167,10 +180,11 @@ class MegatronModel:
         device: Device,
         load: Load,
         adapt: Adapt | None = None,
+        look: Look | None = None,
     ) -> None:
         check_layout(spec, run.trainer)
         dtype = TORCH_DTYPES[run.model.torch_dtype]
-        self._model = FrozenModel(run.trainer, dtype, spec, device=device, load=load, adapt=adapt)
+        self._model = FrozenModel(run.trainer, dtype, spec, device=device, load=load, adapt=adapt, look=look)
         config = self._model.config
         config.finalize_model_grads_func = _finalize_gradients
         self._balance = ExpertBalance(self.chunks, config, run.trainer)
@@ -182,7 +196,9 @@ class MegatronModel:
         _let_gradients_begin(self.chunks, config)
         self._wrapped = [DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks]
         # Declared as its base class; it is a ChainedOptimizer.
-        self.optimizer: Any = get_megatron_optimizer(optimizer_config(run), list(self._wrapped))
+        self.optimizer: Any = get_megatron_optimizer(
+            optimizer_config(run), list(self._wrapped), learning_rates(run, spec)
+        )
         self.scheduler = scheduler(self.optimizer, run)
         self._clip_grad = run.trainer.clip_grad
 
@@ -239,7 +255,9 @@ class MegatronModel:
             for chunk in self._wrapped:
                 chunk.train()
                 chunk.zero_grad_buffer()
-            parts = run_schedule(self._wrapped, micro_batches, finish, config, forward_only=False)
+            parts = run_schedule(
+                self._wrapped, micro_batches, finish, config, forward_only=False, look=self._model.look
+            )
         means = _reduce_sums(parts, self._model.device, num_loss_tokens, denominator)
         _check_finite(number, "loss", means["loss"])
         grad_norm = self._apply_gradients(number)
@@ -283,8 +301,9 @@ class MegatronModel:
 
 
 def _let_gradients_begin(chunks: Sequence[GPTModel], config: TransformerConfig) -> None:
-    """Ask for a gradient of frozen embeddings: a recomputed layer has one only where its input does."""
-    if config.recompute_granularity != "full":
+    """Ask for a gradient of frozen embeddings: a recomputed layer has one only where its input does, and a model
+    whose tower alone is trained only where a row has pictures."""
+    if config.recompute_granularity != "full" and config.mrope_section is None:
         return
     for chunk in chunks:
         if chunk.pre_process and not any(p.requires_grad for p in chunk.embedding.parameters()):

@@ -14,9 +14,12 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model
+from numpy.typing import NDArray
 
 from actors.megatron_context import ContextShare, shares_of
+from actors.megatron_vision import Look, seen_by
 from algorithms.data import MicroBatch
+from configs.errors import BasculeError
 
 Finish = Callable[[ContextShare, torch.Tensor], tuple[torch.Tensor, Any]]
 """(this rank's part of a micro-batch, the last stage's output for it) -> a loss and a result."""
@@ -29,10 +32,12 @@ def run_schedule(
     config: TransformerConfig,
     *,
     forward_only: bool,
+    look: Look | None = None,
 ) -> list[Any]:
     """Run Megatron's pipeline schedule. Returns what `finish` gave per micro-batch, on the last stage.
 
-    `finish` is called on the last stage. The device is that of the parameters.
+    `finish` is called on the last stage, `look` on the first, for rows with pictures. The device is that of the
+    parameters.
     """
     shares = shares_of(micro_batches, config)
     # The interleaved schedule wants a multiple of the pipeline size. Whatever fills it up has no loss.
@@ -43,7 +48,7 @@ def run_schedule(
 
     def forward_step(rest: Iterator[tuple[ContextShare, Finish]], model: torch.nn.Module) -> Any:
         share, last = next(rest)
-        return _forward(share, model, config), partial(_finish_without_tokens, last, share)
+        return _forward(share, model, config, look), partial(_finish_without_tokens, last, share)
 
     iterators = [iter(steps) for _ in models]
     results = get_forward_backward_func()(
@@ -58,7 +63,9 @@ def run_schedule(
     return results[: len(shares)]
 
 
-def _forward(share: ContextShare, model: torch.nn.Module, config: TransformerConfig) -> torch.Tensor:
+def _forward(
+    share: ContextShare, model: torch.nn.Module, config: TransformerConfig, look: Look | None
+) -> torch.Tensor:
     device = next(model.parameters()).device
     starts = torch.tensor(share.starts_S, dtype=torch.int32, device=device)
     longest = int(np.diff(share.starts_S).max())
@@ -69,10 +76,25 @@ def _forward(share: ContextShare, model: torch.nn.Module, config: TransformerCon
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
-    rows = (share.mine(row) for row in (share.batch.tokens_T, share.batch.positions_T))
-    tokens, positions = (torch.tensor(row, dtype=torch.int64, device=device)[None] for row in rows)
-    padding = None if config.num_moe_experts is None else _padding(share, model, config, device)
-    return model(tokens, positions, None, packed_seq_params=packed, padding_mask=padding)
+    tokens = torch.tensor(share.mine(share.batch.tokens_T), dtype=torch.int64, device=device)[None]
+    positions = torch.tensor(_positions(share, config), dtype=torch.int64, device=device)
+    options: dict[str, Any] = {"packed_seq_params": packed}
+    if config.num_moe_experts is not None:
+        options["padding_mask"] = _padding(share, model, config, device)
+    if share.batch.vision is not None and get_attr_wrapped_model(model, "pre_process"):
+        if look is None:
+            raise BasculeError("a row has pictures, and the model is one that sees none")
+        options["seen"] = seen_by(share, look, device)
+    return model(tokens, positions, None, **options)
+
+
+def _positions(share: ContextShare, config: TransformerConfig) -> NDArray[Any]:
+    """[1, L], or where tokens have three positions [3, 1, L'] of the whole row of L' tokens."""
+    batch = share.batch
+    if config.mrope_section is None:
+        return share.mine(batch.positions_T)[None]
+    rows = np.tile(batch.positions_T, (3, 1)) if batch.vision is None else batch.vision.positions_3T
+    return share.filled(rows)[:, None]
 
 
 def _padding(

@@ -5,6 +5,7 @@ On a machine without CUDA, actors.megatron_cpu.install() must have run before th
 
 import copy
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.optimizer import OptimizerConfig
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer import OptimizerConfig, ParamKey, get_standard_config_overrides
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -27,10 +29,12 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from actors.megatron_layers import decoder_spec, mtp_spec
+from actors.megatron_vision import VisionLanguageModel
 from bridge.fit import moe_pattern, pipeline_stages, virtual_stages
 from bridge.layouts import padded_vocabulary
 from bridge.plan import TORCH_DTYPES
-from bridge.rules import MegatronSpec
+from bridge.rules import MegatronSpec, VisionSpec
+from bridge.vision import part_of
 from configs.errors import BasculeError
 from configs.schema import LayoutConfig, RunConfig, TrainerConfig
 
@@ -146,6 +150,8 @@ def transformer_config(
     # Megatron has no fields for these; its attention and GPTModel read them from the configuration.
     for name, value in (spec.yarn or {}).items():
         setattr(config, f"yarn_{name}", value)
+    if spec.vision is not None:
+        config.mrope_section = list(spec.vision.mrope_section)
     return config
 
 
@@ -214,6 +220,8 @@ def _with_mtp(config: TransformerConfig, layers: int) -> TransformerConfig:
 def _build_chunk(config: TransformerConfig, spec: MegatronSpec, stage: int | None) -> GPTModel:
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
     kind = _ModelWithMtp if config.mtp_num_layers else GPTModel
+    if spec.vision is not None:
+        kind = partial(VisionLanguageModel, vision=spec.vision)
     # Types are declared narrower than what Megatron accepts, and uses itself.
     chunk = kind(
         config,
@@ -302,6 +310,23 @@ def optimizer_config(run: RunConfig) -> OptimizerConfig:
         params_dtype=dtype,
         use_distributed_optimizer=trainer.use_distributed_optimizer,
     )
+
+
+def learning_rates(run: RunConfig, spec: MegatronSpec) -> dict[ParamKey, ParamGroupOverride]:
+    """What Megatron's optimizer does otherwise with some parameters: no decay, a learning rate of their own."""
+    overrides = get_standard_config_overrides(optimizer_config(run))
+    if spec.vision is None:
+        return overrides
+    for part, lr in (("vit", run.vision.vit_lr), ("aligner", run.vision.aligner_lr)):
+        if lr is not None:
+            belongs = ParamWithNamePredicate(name=part, fn=partial(_is_of, spec.vision, part))
+            own: ParamGroupOverride = {"max_lr": lr, "min_lr": min(run.trainer.min_lr, lr)}
+            overrides[ParamKey(with_name_predicate=belongs)] = own
+    return overrides
+
+
+def _is_of(vision: VisionSpec, part: str, parameter: torch.nn.Parameter, name: str) -> bool:
+    return part_of(vision, name.removeprefix("module.")) == part
 
 
 def scheduler(optimizer: Any, run: RunConfig) -> OptimizerParamScheduler:

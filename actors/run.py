@@ -20,6 +20,7 @@ from actors.lengths import check_micro_batches, check_prompts
 from actors.metrics import RunRecorder, warn
 from actors.model_check import CheckedModel, check_model, check_same_shape
 from actors.model_source import find_model, load_tokenizer, model_size
+from actors.pictures import PictureReader
 from actors.placement import Bundle, Reservation, bundles_of, reserve
 from actors.restart import train_on
 from actors.resume import StateKeeper, forget_auto, look_for_state, rewards_of
@@ -52,7 +53,7 @@ from algorithms.roles import Roles
 from algorithms.rows import Row
 from algorithms.streaming import SampleStream, open_stream
 from bridge.families import read_hf_config
-from bridge.frozen import frozen_parameters
+from bridge.frozen import frozen_parameters, frozen_parts
 from bridge.model_bridge import ModelBridge
 from bridge.rules import MegatronSpec
 from configs.environment import ENVIRONMENT
@@ -101,6 +102,8 @@ def prepare(config: RunConfig) -> Prepared:
     spec, contents = policy.spec, policy.contents
     adapter = find_adapter(config.tuner, ModelBridge(source.directory, contents.tensors))
     frozen = frozen_parameters(policy.family, spec, contents.tensors, config.trainer.freeze)
+    if adapter is None:
+        frozen |= frozen_parts(spec, config.vision)
     sources = Sources(model=source, adapter=adapter, frozen=frozen)
     if has_engines and adapter is not None and config.rollout.vllm_enable_lora:
         check_adapter_modules(read_hf_config(source.directory), sorted(adapter.modules), device)
@@ -111,8 +114,9 @@ def prepare(config: RunConfig) -> Prepared:
     teacher = find_teacher(config, source)
     sources = replace(sources, teacher=source_in_trainer(config, teacher))
     lessons = make_lessons(config, tokenizer) if config.algorithm == "gkd" else None
-    stream = open_stream(config, tokenizer) if config.data.streaming else None
-    prompts, held_out, samples, held_out_samples = _read_data(config, tokenizer, lessons)
+    eye = PictureReader(source.directory, spec.vision, config.vision) if spec.vision else None
+    stream = open_stream(config, tokenizer, eye) if config.data.streaming else None
+    prompts, held_out, samples, held_out_samples = _read_data(config, tokenizer, lessons, eye)
     if config.algorithm == "sft":
         config = with_steps_of_epochs(config, len(samples.kept))
     rewards = load_rewards(config.rewards) if is_grpo else ()
@@ -143,7 +147,7 @@ def prepare(config: RunConfig) -> Prepared:
 
 
 def _read_data(
-    config: RunConfig, tokenizer: Any, lessons: Lessons | None
+    config: RunConfig, tokenizer: Any, lessons: Lessons | None, eye: PictureReader | None
 ) -> tuple[list[Prompt], list[Prompt], Samples, Samples]:
     """Prompts and samples to train on, and held-out ones after each; without those that are streamed."""
     rows: list[Row] = []
@@ -159,7 +163,7 @@ def _read_data(
         return prompts, others, none, none
     prompts = list(lessons.prompts) if lessons else []
     samples, held_out_samples = (
-        make_sft_samples(part, tokenizer, config.sft, config.data) for part in (rows, held_out)
+        make_sft_samples(part, tokenizer, config.sft, config.data, eye) for part in (rows, held_out)
     )
     return prompts, [], samples, held_out_samples
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.engine_support import check_routing, check_workers
+from actors.engine_support import check_routing, check_workers, language_config
 from actors.events import Event
 from actors.model_check import check_model
 from actors.model_source import ModelSize, ModelSource, find_model, load_tokenizer, model_size, read_contents
@@ -62,10 +62,9 @@ def _check_engine(source: ModelSource, config: RunConfig) -> None:
     workers = config.teacher.engine.tensor_parallel_size
     check_workers(hf_config, workers, "teacher.engine.tensor_parallel_size")
     k = config.gkd.gkd_logits_topk
-    if config.algorithm == "gkd" and k is not None and k > hf_config["vocab_size"]:
-        raise ConfigError(
-            f"gkd.gkd_logits_topk: {k} is more than the teacher's {hf_config['vocab_size']} tokens"
-        )
+    vocab_size = language_config(hf_config)["vocab_size"]
+    if config.algorithm == "gkd" and k is not None and k > vocab_size:
+        raise ConfigError(f"gkd.gkd_logits_topk: {k} is more than the teacher's {vocab_size} tokens")
 
 
 def check_teacher_room(
@@ -75,7 +74,7 @@ def check_teacher_room(
     longest completion that may come."""
     if teacher is None or config.teacher_place != "engine":
         return
-    own = read_hf_config(teacher.source.directory).get("max_position_embeddings")
+    own = language_config(read_hf_config(teacher.source.directory)).get("max_position_embeddings")
     limit = config.teacher.engine.max_model_len or own
     longest = max((prompt.tokens.size for prompt in prompts), default=None)
     needed = [sample.tokens.size for sample in samples]

@@ -1,8 +1,9 @@
 """A tiny random model with a tokenizer of its own, and the files of the task it learns."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -74,24 +75,25 @@ def write_arithmetic(
     output_dir = Path(output_dir)
     splits = make_splits(seed=seed, warm_up=warm_up, train=train, held_out=held_out, digits=digits)
     output_dir.mkdir(parents=True, exist_ok=True)
-    _write_rows(
+    write_rows(
         output_dir / "sft.jsonl", ({"prompt": p.prompt, "completion": p.answer} for p in splits.warm_up)
     )
-    _write_rows(output_dir / "train.jsonl", ({"prompt": p.prompt, "answer": p.answer} for p in splits.train))
-    _write_rows(
-        output_dir / "eval.jsonl", ({"prompt": p.prompt, "answer": p.answer} for p in splits.held_out)
-    )
+    write_rows(output_dir / "train.jsonl", ({"prompt": p.prompt, "answer": p.answer} for p in splits.train))
+    write_rows(output_dir / "eval.jsonl", ({"prompt": p.prompt, "answer": p.answer} for p in splits.held_out))
     return output_dir
 
 
-def train_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: any text can be encoded, each digit is one token, `range` is one token."""
+def train_tokenizer(more: Sequence[str] = (), chat_template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: any text can be encoded, each digit is one token, `range` is one token.
+
+    `more` are further special tokens.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    special = [PAD, END, *(f"<|{role}|>" for role in ROLES)]
+    special = [PAD, END, *(f"<|{role}|>" for role in ROLES), *more]
     trainer = trainers.BpeTrainer(
         vocab_size=320,
         min_frequency=2,
@@ -106,10 +108,11 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         eos_token=END,
         pad_token=PAD,
         model_max_length=MAX_LENGTH,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
         clean_up_tokenization_spaces=False,
     )
 
 
-def _write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

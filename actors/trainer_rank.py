@@ -10,6 +10,7 @@ import torch
 
 from actors.adapter_source import AdapterSource, fill_adapter, write_adapter_beside
 from actors.model_source import ModelSource, tensors_of, write_beside
+from actors.pictures import PictureReader
 from actors.ranks import free_address, join
 from actors.sync_rank import SyncRank
 from algorithms.data import FloatRow, MicroBatch, StepResult
@@ -100,7 +101,10 @@ class TrainerRank:
             self._adapters = sources.adapter.bridge(self._weights)
             adapt = partial(_adapt, self._adapters, sources.adapter, config.seed, warnings)
         load = partial(_load, self._weights, source, warnings)
-        self._model = MegatronModel(config, self._weights.spec, device=device, load=load, adapt=adapt)
+        spec, look = self._weights.spec, None
+        if spec.vision is not None:
+            look = PictureReader(source.directory, spec.vision, config.vision).patches
+        self._model = MegatronModel(config, spec, device=device, load=load, adapt=adapt, look=look)
         if sources.reference is not None:
             self._reference = self._load_frozen(sources.reference, sources.reference_adapter, warnings)
         if config.algorithm == "gkd":

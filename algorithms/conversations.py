@@ -7,10 +7,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from algorithms.data import Message, Prompt, TrainSample, float_row, int_row
+from algorithms.contents import Source, has_pictures, split_pictures
+from algorithms.data import Message, Picture, Prompt, TrainSample, float_row, int_row
 from algorithms.rows import Row, answer_messages, is_text, prompt_messages, prompt_text
+from algorithms.vision import Eye
 from configs.data import DataConfig
-from configs.errors import ConfigError
+from configs.errors import BasculeError, ConfigError
 from configs.sft import SFTConfig
 
 # The same test as transformers' own.
@@ -73,6 +75,8 @@ def make_prompts(rows: Sequence[Row], tokenizer: Tokenizer, data: DataConfig) ->
     prompts: list[Prompt] = []
     for row in rows:
         messages = prompt_messages(row, data.system_prompt)
+        if has_pictures(row, messages):
+            raise ConfigError(f"{row.place}: the prompt has a list of contents, which only sft takes")
         if messages[-1]["role"] == "assistant":
             raise ConfigError(
                 f"{row.place}: the last message is the assistant's; a prompt ends with the user's"
@@ -89,15 +93,21 @@ def make_prompts(rows: Sequence[Row], tokenizer: Tokenizer, data: DataConfig) ->
     return prompts
 
 
-def make_sft_samples(rows: Sequence[Row], tokenizer: Tokenizer, sft: SFTConfig, data: DataConfig) -> Samples:
+def make_sft_samples(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    sft: SFTConfig,
+    data: DataConfig,
+    eye: Eye | None = None,
+) -> Samples:
     """Tokens of each row, with `loss_mask` 1 on what the assistant says and on the token that ends a turn.
 
     Of `messages` that are the assistant's turns, of a row with a completion its answer only, as
-    `data.loss_on` says. Advantages and logprobs are zeros. Raises ConfigError naming a row without an answer,
-    one that is too long under `sft.truncation: error`, or one whose turns the chat template does not let tell
-    apart; and where no row is left.
+    `data.loss_on` says; never on tokens of pictures, which need an `eye`. Advantages and logprobs are zeros.
+    Raises ConfigError naming a row without an answer, one that is too long under `sft.truncation: error`, or one
+    whose turns the chat template does not let tell apart; and where no row is left.
     """
-    made = [make_sft_sample(row, tokenizer, sft, data) for row in rows]
+    made = [make_sft_sample(row, tokenizer, sft, data, eye) for row in rows]
     kept = tuple(sample for sample, _ in made if sample is not None)
     if rows and not kept:
         raise nothing_left(sft, len(rows), rows[0].place)
@@ -106,24 +116,33 @@ def make_sft_samples(rows: Sequence[Row], tokenizer: Tokenizer, sft: SFTConfig, 
 
 
 def make_sft_sample(
-    row: Row, tokenizer: Tokenizer, sft: SFTConfig, data: DataConfig
+    row: Row, tokenizer: Tokenizer, sft: SFTConfig, data: DataConfig, eye: Eye | None = None
 ) -> tuple[TrainSample | None, bool]:
     """The sample of one row, None where it is left out, and whether it was too long. Raises ConfigError."""
-    tokens, mask = _encode(row, tokenizer, data)
+    tokens, mask, sources = _encode(row, tokenizer, data)
+    tokens, mask, pictures = _look_at(row, tokens, mask, sources, eye)
     too_long = len(tokens) > sft.max_length
     if too_long:
         if sft.truncation == "error":
+            shown = f", with those of {len(pictures)} pictures" if pictures else ""
             raise ConfigError(
-                f"{row.place}: the sample has {len(tokens)} tokens, sft.max_length allows {sft.max_length}; "
-                "shorten or remove the row, raise the limit, or set sft.truncation to truncate or drop"
+                f"{row.place}: the sample has {len(tokens)} tokens{shown}, sft.max_length allows "
+                f"{sft.max_length}; shorten or remove the row, raise the limit, or set sft.truncation to "
+                f"truncate or drop{', or vision.image_max_token_num lower' if pictures else ''}"
             )
+        end = sft.max_length if eye is None else eye.sight.end_of_whole(tokens, sft.max_length)
         # The first token is not predicted, so that nothing is learned from a mask on it alone.
-        if sft.truncation == "drop" or not any(mask[1 : sft.max_length]):
+        if sft.truncation == "drop" or not any(mask[1:end]):
             return None, True
-        tokens, mask = tokens[: sft.max_length], mask[: sft.max_length]
+        tokens, mask = tokens[:end], mask[:end]
     zeros = float_row(np.zeros(len(tokens)))
     sample = TrainSample(
-        tokens=int_row(tokens), loss_mask=int_row(mask), advantages=zeros, logprobs=zeros, version=0
+        tokens=int_row(tokens),
+        loss_mask=int_row(mask),
+        advantages=zeros,
+        logprobs=zeros,
+        version=0,
+        vision=None if eye is None else eye.sight.vision_of(tokens, pictures),
     )
     return sample, too_long
 
@@ -134,6 +153,21 @@ def nothing_left(sft: SFTConfig, count: int, first: str) -> ConfigError:
         f"sft.max_length: with {sft.max_length} tokens sft.truncation {sft.truncation} leaves none of the "
         f"{count} rows, the first of which is {first}; raise the limit"
     )
+
+
+def _look_at(
+    row: Row, tokens: list[int], mask: list[int], sources: Sequence[Source], eye: Eye | None
+) -> tuple[list[int], list[int], list[Picture]]:
+    """Tokens and mask with all that stands for the pictures, and these."""
+    if eye is None:
+        if sources:
+            raise ConfigError(f"{row.place}: the row has pictures, and the model is one that sees none")
+        return tokens, mask, []
+    pictures = [eye.picture(source, row.place) for source in sources]
+    try:
+        return (*eye.sight.expanded(tokens, mask, pictures), pictures)
+    except BasculeError as error:
+        raise ConfigError(f"{row.place}: {error}") from error
 
 
 def _encode_prompt(row: Row, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
@@ -153,8 +187,8 @@ def _encode_prompt(row: Row, messages: Sequence[Message], tokenizer: Tokenizer) 
     return tokens[1:] if doubled else tokens
 
 
-def _encode(row: Row, tokenizer: Tokenizer, data: DataConfig) -> tuple[list[int], list[int]]:
-    """Ids of the whole row, up to the last one that is trained on, and the mask."""
+def _encode(row: Row, tokenizer: Tokenizer, data: DataConfig) -> tuple[list[int], list[int], list[Source]]:
+    """Ids of the whole row, up to the last one that is trained on, the mask, and the pictures in it."""
     context = prompt_messages(row, data.system_prompt)
     answer = answer_messages(row)
     messages = [*context, *answer]
@@ -167,12 +201,13 @@ def _encode(row: Row, tokenizer: Tokenizer, data: DataConfig) -> tuple[list[int]
         )
     turns = turns[-1:] if data.loss_on == "last_assistant" else turns
     # What comes after the last answer has no part in the loss.
-    messages = messages[: turns[-1] + 1]
+    messages, sources = split_pictures(row, messages[: turns[-1] + 1])
     if tokenizer.chat_template is None:
-        return _join_texts(row, context, messages[-1]["content"], tokenizer)
-    if isinstance(tokenizer.chat_template, str) and _MARKED.search(tokenizer.chat_template):
-        return _mask_marked(row, messages, turns, tokenizer)
-    return _mask_by_prefixes(row, messages, turns, tokenizer)
+        if sources:
+            raise ConfigError(f"{row.place}: pictures need a model with a chat template")
+        return (*_join_texts(row, context, messages[-1]["content"], tokenizer), sources)
+    marked = isinstance(tokenizer.chat_template, str) and _MARKED.search(tokenizer.chat_template)
+    return (*(_mask_marked if marked else _mask_by_prefixes)(row, messages, turns, tokenizer), sources)
 
 
 def _join_texts(

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 IntRow = NDArray[np.int32]
 FloatRow = NDArray[np.float32]
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
+"""`role` and `content`, a text or a list of texts and pictures (algorithms.contents)."""
 Finish = Literal["stop", "length", "abort"]
 
 
@@ -156,6 +157,32 @@ class TopTokens:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Picture:
+    """An image or a video: its files, or what is in them, and its patches in time, height and width.
+
+    An image has one file, a video one for each frame; `seconds` is the time between two steps of its grid.
+    """
+
+    sources: tuple[str | bytes, ...]
+    grid: tuple[int, int, int]
+    video: bool = False
+    seconds: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vision:
+    """What a sequence, or a row, of T tokens shows.
+
+    `slots_T` has for each token the number of the feature that takes its place, 0 for a token of text; features
+    are counted from 1, picture after picture. `positions_3T` are in time, height and width (algorithms.vision).
+    """
+
+    pictures: tuple[Picture, ...]
+    slots_T: IntRow
+    positions_3T: IntRow
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSample:
     """A sequence to train on; every row has one entry per token of prompt and completion.
 
@@ -174,6 +201,7 @@ class TrainSample:
     policy_mask: IntRow | None = None
     teacher: str = ""
     """Which teacher is asked, where there are several."""
+    vision: Vision | None = None
 
     @property
     def num_loss_tokens(self) -> int:
@@ -225,6 +253,7 @@ class MicroBatch:
     policy_mask_T: IntRow | None = None
     teacher_ids_TK: IntRow | None = None
     teacher_logprobs_TK: FloatRow | None = None
+    vision: Vision | None = None
 
     @property
     def in_sample(self) -> NDArray[np.bool_]:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from algorithms.data import Batch, FloatRow, MicroBatch, TopTokens, TrainSample, float_row, int_row
+from algorithms.vision import join_vision
 from configs.errors import BasculeError
 from configs.schema import TrainerConfig
 
@@ -176,6 +177,7 @@ def _pack_row(
         old_logprobs_T=optional("old_logprobs", np.float32),
         ref_logprobs_T=optional("ref_logprobs", np.float32),
         policy_mask_T=optional("policy_mask", np.int32),
+        vision=join_vision([sample.vision for sample in samples], starts, shape.length),
     )
 
 

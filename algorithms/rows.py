@@ -36,7 +36,7 @@ def check_row(row: Row) -> None:
     if kinds == ["instruction"]:
         _check_alpaca(row)
     prompt, completion = row.columns[kinds[0]], row.columns.get("completion")
-    turns = '{"role": ..., "content": ...}, both strings, with one at least that is'
+    turns = '{"role": ..., "content": ...}, strings (or content a list), with one at least that is'
     if kinds == ["messages"] and not _is_conversation(prompt, of_user=True):
         raise ConfigError(f"{row.place}: `messages` is a list of {turns} not the assistant's")
     if not isinstance(prompt, str) and not _is_conversation(prompt, of_user=True):
@@ -109,7 +109,7 @@ def _is_conversation(value: Any, *, of_user: bool) -> bool:
     roles: list[str] = []
     for turn in turns:
         fields = cast(dict[str, Any], turn) if isinstance(turn, dict) else {}
-        if not isinstance(fields.get("role"), str) or not isinstance(fields.get("content"), str):
+        if not isinstance(fields.get("role"), str) or not isinstance(fields.get("content"), str | list):
             return False
         roles.append(fields["role"])
     return any(role not in ("assistant", "system") if of_user else role == "assistant" for role in roles)

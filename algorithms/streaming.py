@@ -9,6 +9,7 @@ from algorithms.conversations import Tokenizer, describe_counts, make_sft_sample
 from algorithms.data import TrainSample
 from algorithms.datasets import stream_rows
 from algorithms.rows import Row, content_of
+from algorithms.vision import Eye
 from configs.errors import BasculeError
 from configs.schema import RunConfig
 
@@ -21,9 +22,9 @@ class SampleStream:
     the number of rows drawn of it is the whole state: rows before it are read again, but not turned into tokens.
     """
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer) -> None:
-        """Raises ConfigError for a dataset that cannot be streamed."""
-        self._config, self._tokenizer = config, tokenizer
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, eye: Eye | None = None) -> None:
+        """Raises ConfigError for a dataset that cannot be streamed. Rows with pictures need an `eye`."""
+        self._config, self._tokenizer, self._eye = config, tokenizer, eye
         self._size = config.data.shuffle_buffer_size if config.data.shuffle else 1
         self._made = self._truncated = self._dropped = 0
         self._begin(0)
@@ -40,7 +41,9 @@ class SampleStream:
                 self._next_pass()
                 continue
             self._first = self._first or row.place
-            sample, too_long = make_sft_sample(row, self._tokenizer, self._config.sft, self._config.data)
+            sample, too_long = make_sft_sample(
+                row, self._tokenizer, self._config.sft, self._config.data, self._eye
+            )
             if sample is None:
                 self._dropped += 1
                 continue
@@ -109,8 +112,7 @@ class SampleStream:
         return row
 
 
-def open_stream(config: RunConfig, tokenizer: Tokenizer) -> SampleStream:
+def open_stream(config: RunConfig, tokenizer: Tokenizer, eye: Eye | None = None) -> SampleStream:
     """The samples of a run, of which those of the first step have been tried. Raises ConfigError."""
-    stream = SampleStream(config, tokenizer)
-    stream.take(config.sft.batch_size)
-    return SampleStream(config, tokenizer)
+    SampleStream(config, tokenizer, eye).take(config.sft.batch_size)
+    return SampleStream(config, tokenizer, eye)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from bridge.rules import MegatronSpec
 from configs.errors import ConfigError
-from configs.schema import LayoutConfig
+from configs.schema import LayoutConfig, TrainerConfig
 
 
 def check_layout(spec: MegatronSpec, layout: LayoutConfig, *, training: bool = True) -> None:
@@ -19,6 +19,7 @@ def check_layout(spec: MegatronSpec, layout: LayoutConfig, *, training: bool = T
         wrong.append("sequence_parallel needs tensor_model_parallel_size of 2 or more")
     if training:
         wrong += _gradients(spec, layout)
+        wrong += _deepstack(spec, layout)
     if wrong:
         raise ConfigError("the model does not fit the parallel layout: " + "; ".join(wrong))
 
@@ -108,6 +109,32 @@ def _experts(spec: MegatronSpec, layout: LayoutConfig) -> Iterator[str]:
         )
 
 
+def _deepstack(spec: MegatronSpec, layout: LayoutConfig) -> Iterator[str]:
+    """Features of the vision tower are at hand on the first pipeline stage, and while it runs, not later."""
+    needed = spec.vision.deepstack if spec.vision is not None else 0
+    first = first_chunk_layers(spec, layout)
+    if first < needed:
+        yield (
+            f"the first pipeline stage has {first} layers, but the first {needed} take in features of the vision "
+            "tower (deepstack) and have to be there; give it more layers"
+        )
+    if needed and isinstance(layout, TrainerConfig) and layout.recompute_granularity == "full":
+        yield "recompute_granularity full is not possible for layers that take in features of the vision tower"
+
+
+def first_chunk_layers(spec: MegatronSpec, layout: LayoutConfig) -> int:
+    """Decoder layers of the first chunk of the first pipeline stage, under a layout that fits."""
+    size, chunks = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size or 1
+    if layout.pipeline_model_parallel_layout:
+        return pipeline_stages(layout.pipeline_model_parallel_layout)[0].count("t")
+    if layout.num_layers_in_first_pipeline_stage:
+        return layout.num_layers_in_first_pipeline_stage // chunks
+    last = layout.num_layers_in_last_pipeline_stage
+    if last and size > 1:
+        return (spec.num_layers - last) // (size - 1) // chunks
+    return spec.num_layers // (size * chunks)
+
+
 def _gradients(spec: MegatronSpec, layout: LayoutConfig) -> Iterator[str]:
     if layout.tensor_model_parallel_size == 1 or layout.sequence_parallel:
         return
@@ -159,6 +186,8 @@ def _explicit(spec: MegatronSpec, layout: LayoutConfig, text: str) -> Iterator[s
     letters = "".join(stages)
     if len(stages) % size or (chunks and len(stages) != size * chunks):
         yield f"{name} has {len(stages)} stages, which is not what {size} pipeline ranks need"
+    elif not all("".join(stages[rank::size]) for rank in range(size)):
+        yield f"{name} leaves a pipeline rank without anything"
     if not re.fullmatch("Et*m*L", letters):
         yield f"{name} has to be one E, then all t, then all m, then one L"
     elif letters.count("t") != spec.num_layers:

@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from bridge.megatron import EMBEDDING, OUTPUT_LAYER, chosen_rule
+from bridge.megatron import EMBEDDING, OUTPUT_LAYER, possible_rules
 from bridge.parameters import parameters_of
 from bridge.plan import TensorInfo
 from bridge.rules import Family, MegatronSpec
+from bridge.vision import part_of
 from configs.errors import ConfigError
+from configs.vision import VisionConfig
 
 
 def frozen_parameters(
@@ -28,7 +30,7 @@ def frozen_parameters(
     for parameter in parameters_of(spec, mtp=False):
         # Expert biases of routers are no parameters: gradients never change them.
         if not parameter.endswith("router.expert_bias"):
-            names[parameter] = chosen_rule(family.matches(parameter, spec.num_layers), tensors).hf_names
+            names[parameter] = possible_rules(family.matches(parameter, spec.num_layers), tensors)[0].hf_names
     found: set[str] = set()
     unused = set(patterns)
     for parameter, hf_names in names.items():
@@ -49,6 +51,22 @@ def frozen_parameters(
         raise ConfigError("trainer.freeze: the patterns match every parameter, so nothing is left to train")
     if spec.tie_word_embeddings and EMBEDDING in found:
         # The last pipeline stage has a copy of its own.
+        found.add(OUTPUT_LAYER)
+    return frozenset(found)
+
+
+def frozen_parts(spec: MegatronSpec, vision: VisionConfig) -> frozenset[str]:
+    """Global names of the parameters of those parts of a model that sees which are not trained.
+
+    Raises ConfigError for a model that is nothing but a language model, if that is not to be trained.
+    """
+    if spec.vision is None:
+        if vision.freeze_llm:
+            raise ConfigError("vision.freeze_llm: the model is nothing but a language model")
+        return frozenset()
+    kept = {"llm": vision.freeze_llm, "vit": vision.freeze_vit, "aligner": vision.freeze_aligner}
+    found = {name for name in parameters_of(spec, mtp=False) if kept[part_of(spec.vision, name)]}
+    if spec.tie_word_embeddings and EMBEDDING in found:
         found.add(OUTPUT_LAYER)
     return frozenset(found)
 

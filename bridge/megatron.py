@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -191,11 +191,11 @@ def claim_pieces(
         if not matches:
             wrong.append(f"Megatron parameter {name} has no rule")
             continue
-        match = chosen_rule(matches, tensors)
+        fits = [
+            _fit(spec, name, match, parameter, place, tensors) for match in possible_rules(matches, tensors)
+        ]
+        match, layout, shard, full, problem = next((fit for fit in fits if fit.problem is None), fits[0])
         read.update(match.hf_names)
-        layout, shard, problem = layout_for(spec, name, match, parameter, place)
-        full = layout.shapes(tuple(parameter.shape), shard)
-        problem = problem or _misfit(match.hf_names, full, tensors)
         if problem:
             wrong.append(f"{name}: {problem}")
             continue
@@ -219,13 +219,35 @@ def claim_pieces(
     return Claims(pieces=tuple(pieces), shapes=shapes, full_precision=frozenset(full_precision))
 
 
-def chosen_rule(matches: Sequence[Match], tensors: Mapping[str, TensorInfo] | None) -> Match:
-    """The first alternative whose tensors are all there; the first one where that is not known."""
-    if tensors is not None and len(matches) > 1:
-        for match in matches:
-            if all(name in tensors for name in match.hf_names):
-                return match
-    return matches[0]
+def possible_rules(matches: Sequence[Match], tensors: Mapping[str, TensorInfo] | None) -> list[Match]:
+    """The alternatives whose tensors are all there; the first one where that is not known, or none is."""
+    if tensors is None or len(matches) == 1:
+        return [matches[0]]
+    found = [match for match in matches if all(name in tensors for name in match.hf_names)]
+    return found or [matches[0]]
+
+
+class _Fit(NamedTuple):
+    """An alternative for a parameter: how it is cut, what HF shapes that makes, and why it cannot be."""
+
+    match: Match
+    layout: Layout
+    shard: Shard
+    full: tuple[Shape, ...]
+    problem: str | None
+
+
+def _fit(
+    spec: MegatronSpec,
+    name: str,
+    match: Match,
+    parameter: torch.Tensor,
+    place: Place,
+    tensors: Mapping[str, TensorInfo] | None,
+) -> _Fit:
+    layout, shard, problem = layout_for(spec, name, match, parameter, place)
+    full = layout.shapes(tuple(parameter.shape), shard)
+    return _Fit(match, layout, shard, full, problem or _misfit(match.hf_names, full, tensors))
 
 
 def layout_for(
@@ -291,4 +313,4 @@ def _stage(parameter: str) -> int:
         match = pattern.match(parameter)
         if match:
             return int(match[1]) + first
-    return 0 if parameter.startswith("embedding") else 1 << 30
+    return 1 << 30 if parameter.startswith(("decoder.", "output_layer.", "mtp.")) else 0

@@ -12,6 +12,7 @@ from bridge.layouts import Shape
 from bridge.megatron import Place
 from bridge.plan import TensorInfo
 from bridge.rules import Family, MegatronSpec
+from bridge.vision import TOWER, build_tower
 
 Named = Iterator[tuple[str, Shape]]
 ALONE = Place(rank=0, tensor_rank=0, tensor_size=1, expert_tensor_rank=0, expert_tensor_size=1)
@@ -33,6 +34,10 @@ def parameters_of(spec: MegatronSpec, *, mtp: bool) -> dict[str, Shape]:
         found.update(_under(f"mtp.layers.{number}.", _mtp_layer(spec, with_experts=moe[-1])))
     if not spec.tie_word_embeddings:
         found["output_layer.weight"] = (spec.vocab_size, hidden)
+    if spec.vision is not None:
+        with torch.device("meta"):
+            tower = build_tower(spec.vision)
+        found.update({f"{TOWER}{name}": tuple(p.shape) for name, p in tower.named_parameters()})
     return found
 
 

@@ -1,10 +1,10 @@
 """A model family is a table of rules and the translation of its config; the tables are made of this."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bridge.layouts import Layout
+from bridge.layouts import Layout, Replicated
 from configs.errors import ConfigError
 
 
@@ -34,6 +34,25 @@ class Copy:
 
     hf: str
     original: str
+
+
+@dataclass(frozen=True, slots=True)
+class HfModule:
+    """A module that is Hugging Face's in Megatron's model too: whole on every rank that has it, its names kept.
+
+    `mcore` and `hf` are what comes before its own names; several in `hf` are alternatives, as for rules.
+    """
+
+    mcore: str
+    hf: tuple[str, ...]
+
+    def matches(self, mcore_name: str) -> list["Match"]:
+        """The alternatives for one of its parameters."""
+        names = [prefix + mcore_name.removeprefix(self.mcore) for prefix in self.hf]
+        return [
+            Match(rule=Rule(mcore_name, (name,), Replicated()), hf_names=(name,), expert=None)
+            for name in names
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +86,30 @@ class _Pattern:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class VisionSpec:
+    """Vision tower and aligner of a model that sees, and how their features get into the language model.
+
+    `tower` is transformers' class, with its module, and `config` what it is built from. A grid of T x H x W
+    patches becomes T x H x W / spatial_merge_size^2 tokens, in place of `image_token_id` or `video_token_id`.
+    Features of `deepstack` layers of the tower are added after as many first layers of the decoder. `aligner` are
+    the names in the tower of what translates its features. Frames of a video are `tokens_per_second` positions
+    apart for each second, or 1 where it is None; with `timestamps` each is a picture of its own behind a text.
+    """
+
+    tower: str
+    config: Mapping[str, Any]
+    image_token_id: int
+    video_token_id: int
+    spatial_merge_size: int
+    aligner: tuple[str, ...]
+    mrope_section: tuple[int, int, int]
+    mrope_interleaved: bool
+    deepstack: int = 0
+    tokens_per_second: float | None = None
+    timestamps: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MegatronSpec:
     """What Megatron needs to know to build the model.
 
@@ -75,7 +118,7 @@ class MegatronSpec:
     rest goes to GPTModel. `rope_scaling_factor` is the factor of Llama 3's scaling, None without it. `yarn`
     are the yarn_* values of a model whose attention is not MLA, None without YaRN (MLA has its own, in
     `transformer`). `post_norms`: norms also after attention and MLP (GLM-4). `mtp_layers`: the checkpoint's
-    multi-token-prediction layers.
+    multi-token-prediction layers. `vision`: what a model has that sees images.
     """
 
     transformer: Mapping[str, Any]
@@ -88,6 +131,7 @@ class MegatronSpec:
     yarn: Mapping[str, Any] | None = None
     post_norms: bool = False
     mtp_layers: int = 0
+    vision: VisionSpec | None = None
 
     @property
     def num_layers(self) -> int:
@@ -121,6 +165,8 @@ class Family:
     """Besides `lm_head.weight` of a tied model, which is one everywhere."""
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     """Endings of HF names that hold nothing to train; a save carries them over from the source."""
+    modules: tuple[HfModule, ...] = ()
+    """Those that Megatron's model has as they are."""
 
     _by_shape: dict[str, list[_Pattern]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
@@ -132,16 +178,20 @@ class Family:
 
     def matches(self, mcore_name: str, num_layers: int) -> list[Match]:
         """The alternatives for a parameter with its global name; none when no rule fits."""
+        for module in self.modules:
+            if mcore_name.startswith(module.mcore):
+                return module.matches(mcore_name)
         shape, numbers = _without_numbers(mcore_name)
         return [pattern.match(numbers, num_layers) for pattern in self._by_shape.get(shape, ())]
 
     def copies_in(self, spec: MegatronSpec, hf_names: Iterable[str]) -> dict[str, str]:
         """Names among `hf_names` that repeat another tensor, and the name of that one."""
         present = set(hf_names)
-        possible = {_HEAD: _EMBEDDING} if spec.tie_word_embeddings else {}
+        embedding = self._embedding(present)
+        possible = {_HEAD: embedding} if spec.tie_word_embeddings else {}
         possible |= self._mtp_copies(spec)
         return {
-            name: _EMBEDDING if original not in present or original in possible else original
+            name: embedding if original not in present or original in possible else original
             for name, original in possible.items()
             if name in present
         }
@@ -150,10 +200,15 @@ class Family:
         """The copies that a checkpoint with `hf_names` should have besides, where it has MTP layers."""
         present = set(hf_names)
         return {
-            name: original if original in present else _EMBEDDING
+            name: original if original in present else self._embedding(present)
             for name, original in self._mtp_copies(spec).items()
             if any(other.startswith(f"model.layers.{spec.num_layers}.") for other in present)
         }
+
+    def _embedding(self, present: Collection[str]) -> str:
+        """What the checkpoint calls the embedding."""
+        names = [rule.hf[0] for rule in self.rules if rule.mcore == _EMBEDDING]
+        return next((name for name in names if name in present), names[0])
 
     def _mtp_copies(self, spec: MegatronSpec) -> dict[str, str]:
         return {
@@ -182,7 +237,7 @@ class Family:
         return hf_name.endswith(self.ignored)
 
 
-_EMBEDDING = "model.embed_tokens.weight"
+_EMBEDDING = "embedding.word_embeddings.weight"
 _HEAD = "lm_head.weight"
 
 

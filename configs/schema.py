@@ -22,6 +22,7 @@ from configs.sizes import Duration
 from configs.teacher import TeacherConfig, check_teacher
 from configs.tuner import TunerConfig, check_tuner
 from configs.unused import check_algorithms_own
+from configs.vision import VisionConfig, check_vision
 
 
 class ModelConfig(Section):
@@ -200,6 +201,7 @@ class RunConfig(Section):
     gkd: GKDConfig = GKDConfig()
     sft: SFTConfig = SFTConfig()
     data: DataConfig
+    vision: VisionConfig = VisionConfig()
     rewards: tuple[RewardConfig, ...] = ()
     reward_workers: RewardWorkersConfig = RewardWorkersConfig()
     environment: EnvironmentConfig = EnvironmentConfig()
@@ -296,6 +298,7 @@ class RunConfig(Section):
         check_environment(self)
         check_data(self.data)
         check_tuner(self.tuner)
+        check_vision(self.vision, lora=self.tuner.tuner_type == "lora")
         self._check_lora_engines()
         check_bridge(self.bridge, self.cluster.collective_timeout_s)
         if trainer.sequence_parallel and trainer.tensor_model_parallel_size == 1:

@@ -13,6 +13,7 @@ from bridge.families.llama import LLAMA, MISTRAL
 from bridge.families.mixtral import MIXTRAL
 from bridge.families.qwen import QWEN2, QWEN3
 from bridge.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from bridge.families.qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE
 from bridge.families.seed_oss import SEED_OSS
 from bridge.rules import Family, MegatronSpec
 from configs.errors import ConfigError
@@ -31,6 +32,10 @@ FAMILIES = (
     DEEPSEEK_V3,
     GLM4_MOE,
     GPT_OSS,
+    QWEN2_VL,
+    QWEN2_5_VL,
+    QWEN3_VL,
+    QWEN3_VL_MOE,
 )
 
 

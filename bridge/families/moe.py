@@ -27,6 +27,18 @@ def expert_rules(
     )
 
 
+def packed_expert_rules(block: Block) -> tuple[Rule, ...]:
+    """Routed experts that are packed on disk: input features before output features, or the other way round."""
+    return tuple(
+        block.rule(mcore, Packed(layout, transposed=transposed), hf)
+        for transposed in (True, False)
+        for mcore, layout, hf in (
+            (_FC1, GateUp(fused=True), "mlp.experts.gate_up_proj"),
+            (_FC2, Row(), "mlp.experts.down_proj"),
+        )
+    )
+
+
 def router_rules(block: Block) -> tuple[Rule, ...]:
     """The router, with the bias that steers only the choice of experts (DeepSeek-V3)."""
     return (

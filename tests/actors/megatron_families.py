@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import megatron_vision
 import torch
 import transformers as hf
+from megatron_vision import IDS, MERGE, PATCH
 from megatron_worker_reference import (
     BETAS,
     EPS,
     LR,
     WEIGHT_DECAY,
     make_sequences,
+    reference_logits,
     reference_logprobs,
     reference_step,
 )
@@ -105,6 +108,31 @@ CONFIGS: dict[str, hf.PretrainedConfig] = {
     "gpt_oss-yarn": hf.GptOssConfig(**GROUPS, **OSS, rope_parameters={**YARN, "truncate": False}),
 }
 
+TEXT = {**GROUPS, "head_dim": 8, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
+TOWER: dict[str, Any] = {"depth": 3, "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": MERGE}
+TOWER |= {"hidden_size": 16, "intermediate_size": 20, "out_hidden_size": 24}
+QWEN3_TOWER = {**TOWER, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 2]}
+SIGHTED: dict[str, hf.PretrainedConfig] = {
+    "qwen2_vl": hf.Qwen2VLConfig(
+        **IDS,
+        text_config={**TEXT, "hidden_size": 48},
+        vision_config={**TOWER, "embed_dim": 16, "hidden_size": 48, "mlp_ratio": 2},
+        tie_word_embeddings=True,
+    ),
+    "qwen2_5_vl": hf.Qwen2_5_VLConfig(
+        **IDS,
+        text_config={**TEXT, "hidden_size": 48},
+        vision_config={**TOWER, "out_hidden_size": 48, "window_size": 8, "fullatt_block_indexes": [1]},
+    ),
+    "qwen3_vl": hf.Qwen3VLConfig(**IDS, text_config=TEXT, vision_config=QWEN3_TOWER),
+    "qwen3_vl_moe": hf.Qwen3VLMoeConfig(
+        **IDS,
+        text_config={**TEXT, **EXPERTS, "moe_intermediate_size": 8, "num_experts": 6},
+        vision_config=QWEN3_TOWER,
+    ),
+}
+CONFIGS |= SIGHTED
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
@@ -126,7 +154,8 @@ class Reference:
 
 def build(config: hf.PretrainedConfig) -> hf.PreTrainedModel:
     """A float32 model with random weights, the same in every process."""
-    model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    kind = hf.AutoModelForImageTextToText if "vision_config" in config.to_dict() else hf.AutoModelForCausalLM
+    model = kind.from_config(config, attn_implementation="eager").float().eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -144,10 +173,10 @@ def reference(family: str) -> Reference:
         # transformers builds no multi-token-prediction layers, so there are no weights for them.
         config.num_nextn_predict_layers = 0
     model = build(config)
-    rows = make_sequences(config.vocab_size)
+    sighted = family in SIGHTED
+    rows = megatron_vision.make_sequences(config) if sighted else make_sequences(config.vocab_size)
     with torch.no_grad():
-        tokens = [torch.tensor(row.tokens_T, dtype=torch.int64)[None] for row in rows]
-        logits = [model(row).logits[0] for row in tokens]
+        logits = [reference_logits(model, row) for row in rows]
         logprobs = [reference_logprobs(model, row) for row in rows]
     weights = cloned(megatron_tensors(model, config))
     loss, _, norm = reference_step(model, optimizer_of(model), rows, CLIP_GRAD)

@@ -70,22 +70,32 @@ MOE = (
     "gpt_oss",
     "gpt_oss-yarn",
 )
+SIGHTED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 UNDER_TP = ("llama-biases", "mistral", "qwen2-tied", "qwen3", "qwen3-1-group", "glm4", "seed_oss")
 WITHOUT_BIASES = tuple(family for family in MOE if not family.startswith("gpt_oss"))
 
 STEPS: dict[str, tuple[str, ...]] = {
-    "one": DENSE + MOE,
-    "tp2": ("llama-biases", "qwen2-tied", "qwen3-1-group", "glm4"),
-    "tp2-sp": UNDER_TP + WITHOUT_BIASES,
+    "one": DENSE + MOE + SIGHTED,
+    "tp2": ("llama-biases", "qwen2-tied", "qwen3-1-group", "glm4", "qwen2_5_vl", "qwen3_vl"),
+    "tp2-sp": UNDER_TP + WITHOUT_BIASES + SIGHTED,
     "tp2-sp-etp1": ("qwen2_moe", "deepseek_v3", "gpt_oss"),
     "tp2-sp-ep2": MOE,
-    "ep2": ("mixtral", "qwen2_moe", "deepseek_v2-grouped", "deepseek_v3", "gpt_oss"),
+    "ep2": ("qwen3_vl_moe", "mixtral", "qwen2_moe", "deepseek_v2-grouped", "deepseek_v3", "gpt_oss"),
     "ep2-split": ("qwen2_moe", "gpt_oss"),
-    "pp2": ("llama-3-groups", "qwen2-tied", "glm4", "qwen2_moe", "deepseek_v3", "gpt_oss-yarn"),
+    "pp2": (
+        "qwen2_vl",
+        "qwen3_vl",
+        "llama-3-groups",
+        "qwen2-tied",
+        "glm4",
+        "qwen2_moe",
+        "deepseek_v3",
+        "gpt_oss-yarn",
+    ),
     "pp2-first1": ("qwen2-tied", "qwen3_moe"),
-    "pp2-vpp2": ("llama-3-groups", "qwen2-tied", "qwen2_moe", "deepseek_v3-yarn", "gpt_oss"),
+    "pp2-vpp2": ("qwen2_5_vl", "llama-3-groups", "qwen2-tied", "qwen2_moe", "deepseek_v3-yarn", "gpt_oss"),
     "pp2-vpp2-layout": ("qwen2-tied", "deepseek_v3"),
-    "cp2": ("llama-3-groups", "seed_oss", "deepseek_v3-yarn", "gpt_oss-yarn"),
+    "cp2": ("qwen2_5_vl", "qwen3_vl", "llama-3-groups", "seed_oss", "deepseek_v3-yarn", "gpt_oss-yarn"),
     "cp2-ep2": ("qwen3_moe", "gpt_oss"),
     "tp4-sp": ("qwen3-12-heads",),
     "tp2-sp-pp2-ep2": ("qwen2_moe", "deepseek_v3", "gpt_oss"),

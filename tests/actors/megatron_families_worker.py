@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import megatron_vision
 import torch
 from megatron_families import CLIP_GRAD, Reference, mtp_reference, reference
 from megatron_families_layouts import BFLOAT16, CHECKPOINTS, LAYOUTS, READS, STEPS
@@ -109,7 +110,7 @@ def run_case(layout: str, family: str, *, distributed_optimizer: bool) -> dict[s
     want = reference(family)
     spec = family_of(want.config).megatron(want.config)
     run = make_run(layout, distributed_optimizer)
-    model = MegatronModel(run, spec, device="cpu", load=loader(want.weights))
+    model = MegatronModel(run, spec, device="cpu", load=loader(want.weights), look=megatron_vision.look)
     # Three micro-batches for two pipeline stages: the interleaved schedule has to fill up.
     micro_batches = 3 if "vpp" in layout else 1
     batches, groups = split_rows(want.rows, micro_batches)

@@ -5,9 +5,11 @@ from functools import partial
 import numpy as np
 import torch
 import transformers
+from megatron_vision import inputs_of
 
 from algorithms.data import MicroBatch, TrainSample, float_row, int_row
 from algorithms.roles import Predictions
+from algorithms.vision import join_vision
 
 TEMPERATURE = 0.7
 LR, WEIGHT_DECAY, BETAS, EPS = 1e-2, 0.1, (0.9, 0.95), 1e-4
@@ -127,12 +129,21 @@ def pack(rows: list[MicroBatch], length: int) -> MicroBatch:
         loss_mask_T=int_row(joined("loss_mask_T")),
         advantages_T=float_row(joined("advantages_T")),
         logprobs_T=float_row(joined("logprobs_T")),
+        vision=join_vision([row.vision for row in rows], np.cumsum([0, *lengths]), length),
     )
+
+
+def reference_logits(model: transformers.PreTrainedModel, row: MicroBatch) -> torch.Tensor:
+    """Logits [T, V] of one unpacked sequence, in float32."""
+    inputs = inputs_of(row)
+    if model.config.model_type != "qwen2_5_vl":
+        inputs.pop("second_per_grid_ts", None)
+    return model(**inputs).logits[0].float()
 
 
 def reference_logprobs(model: transformers.PreTrainedModel, row: MicroBatch) -> torch.Tensor:
     """Log-probabilities [T] of one unpacked sequence's labels."""
-    logits = model(torch.tensor(row.tokens_T, dtype=torch.int64)[None]).logits[0].float() / TEMPERATURE
+    logits = reference_logits(model, row) / TEMPERATURE
     labels = torch.tensor(row.labels_T, dtype=torch.int64)
     return torch.log_softmax(logits, dim=-1).gather(1, labels[:, None])[:, 0]
 

@@ -73,14 +73,72 @@ CONFIGS: dict[str, hf.PretrainedConfig] = {
 }
 
 
+TINY_TOWER = {"depth": 2, "num_heads": 2, "patch_size": 2, "in_channels": 3}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 0]}
+INTERLEAVED = {**MROPE, "mrope_interleaved": True}
+QWEN3_TOWER = {
+    **TINY_TOWER,
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "out_hidden_size": 24,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+SIGHTED: dict[str, hf.PretrainedConfig] = {
+    "qwen2_vl": hf.Qwen2VLConfig(
+        text_config={**TWO_GROUPS, "hidden_size": 48, "rope_parameters": MROPE},
+        vision_config={**TINY_TOWER, "embed_dim": 16, "hidden_size": 48, "mlp_ratio": 2},
+    ),
+    "qwen2_5_vl": hf.Qwen2_5_VLConfig(
+        text_config={**THREE_GROUPS, "hidden_size": 48, "rope_parameters": MROPE},
+        vision_config={
+            **TINY_TOWER,
+            "hidden_size": 16,
+            "intermediate_size": 20,
+            "out_hidden_size": 48,
+            "window_size": 8,
+            "fullatt_block_indexes": [1],
+        },
+        tie_word_embeddings=True,
+    ),
+    "qwen3_vl": hf.Qwen3VLConfig(
+        text_config={**TWO_GROUPS, "head_dim": 4, "rope_parameters": INTERLEAVED},
+        vision_config=QWEN3_TOWER,
+        tie_word_embeddings=True,
+    ),
+    "qwen3_vl_moe": hf.Qwen3VLMoeConfig(
+        text_config={
+            **TWO_GROUPS,
+            **EXPERTS,
+            # How a packed tensor lies is told by its sides: it must not be square.
+            "hidden_size": 36,
+            "num_experts": 6,
+            "head_dim": 4,
+            "mlp_only_layers": [0],
+            "rope_parameters": INTERLEAVED,
+        },
+        vision_config={**QWEN3_TOWER, "out_hidden_size": 36},
+    ),
+}
+CONFIGS |= SIGHTED
+
+
+def text_of(config: hf.PretrainedConfig) -> hf.PretrainedConfig:
+    """The config of the language model."""
+    return config.get_text_config()
+
+
 def build(config: hf.PretrainedConfig) -> hf.PreTrainedModel:
     """A model whose every element is another number; it has layers for multi-token prediction at its end.
 
     transformers itself leaves them out, but each has a decoder layer like the others.
     """
     config = type(config).from_dict(config.to_dict())
-    config.num_hidden_layers += mtp_layers(config)
-    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    text_of(config).num_hidden_layers += mtp_layers(config)
+    sighted = "vision_config" in config.to_dict()
+    model = (
+        (hf.AutoModelForImageTextToText if sighted else hf.AutoModelForCausalLM).from_config(config).eval()
+    )
     counter = itertools.count(1)
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -95,17 +153,28 @@ def mtp_layers(config: hf.PretrainedConfig) -> int:
 
 
 def save(model: hf.PreTrainedModel, config: hf.PretrainedConfig, directory: Path) -> None:
-    """Write the model as its authors do: `config` without the extra layers, whose own tensors are added."""
+    """Write the model as its authors do: `config` without the extra layers, whose own tensors are added.
+
+    Qwen3-VL-MoE's have packed experts with input features first, transformers takes both.
+    """
     model.save_pretrained(directory)
     config.save_pretrained(directory)
     path = directory / "model.safetensors"
-    save_file(load_file(path) | extra_tensors(model, config), path)
+    tensors = load_file(path) | extra_tensors(model, config)
+    if config.model_type == "qwen3_vl_moe":
+        packed = ("experts.gate_up_proj", "experts.down_proj")
+        tensors |= {
+            name: tensor.transpose(1, 2).contiguous()
+            for name, tensor in tensors.items()
+            if name.endswith(packed)
+        }
+    save_file(tensors, path)
 
 
 def extra_tensors(model: hf.PreTrainedModel, config: hf.PretrainedConfig) -> dict[str, torch.Tensor]:
     """What DeepSeek-V3 and GLM-4-MoE write for multi-token prediction besides a decoder layer, by HF name."""
     found: dict[str, torch.Tensor] = {}
-    width = config.hidden_size
+    width = text_of(config).hidden_size
     for number in range(mtp_layers(config)):
         prefix = f"model.layers.{config.num_hidden_layers + number}."
         found |= {
@@ -121,13 +190,19 @@ def extra_tensors(model: hf.PreTrainedModel, config: hf.PretrainedConfig) -> dic
 
 def megatron_tensors(model: hf.PreTrainedModel, config: hf.PretrainedConfig) -> dict[str, torch.Tensor]:
     """All weights as whole Megatron tensors by global Megatron name; linear_fc1 comes as [2, ffn, ...]."""
-    core, layers = model.model, config.num_hidden_layers
-    found = {
+    tied = config.tie_word_embeddings
+    core, config = model.model, text_of(config)
+    layers = config.num_hidden_layers
+    seen = {}
+    if hasattr(core, "visual"):
+        seen = {f"visual.{name}": parameter for name, parameter in core.visual.named_parameters()}
+        core = core.language_model
+    found = seen | {
         "embedding.word_embeddings.weight": core.embed_tokens.weight,
         "decoder.final_layernorm.weight": core.norm.weight,
         "output_layer.weight": model.lm_head.weight,
     }
-    if config.tie_word_embeddings:
+    if tied:
         del found["output_layer.weight"]
     for number, layer in enumerate(core.layers):
         prefix = f"decoder.layers.{number}."
@@ -237,6 +312,8 @@ def _expert(experts: Any, number: int) -> dict[str, torch.Tensor]:
 
 def megatron_shard(name: str, whole: torch.Tensor, rank: int, size: int) -> torch.Tensor:
     """What rank `rank` of `size` holds of a whole tensor from megatron_tensors."""
+    if name.startswith("visual."):
+        return whole
     if "word_embeddings" in name or name.startswith("output_layer"):
         padding = whole.new_zeros(-len(whole) % size, whole.shape[1])
         return torch.cat([whole, padding]).chunk(size)[rank]

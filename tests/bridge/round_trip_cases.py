@@ -10,7 +10,7 @@ from bridge.families import family_of
 from bridge.fit import check_layout
 from configs.errors import ConfigError
 from configs.schema import LayoutConfig
-from tests.bridge.family_models import CONFIGS
+from tests.bridge.family_models import CONFIGS, text_of
 from tests.bridge.round_trip_models import resized
 
 DRAWS = 24
@@ -58,27 +58,36 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 ALL = tuple(CONFIGS)
-MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss")
+MOE = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "gpt_oss",
+    "qwen3_vl_moe",
+)
 EIGHT_EXPERTS = ("deepseek_v3", "deepseek_v3 without mtp")
 DENSE = tuple(name for name in ALL if name.split()[0] not in MOE)
 
 FAMILIES_UNDER: dict[str, tuple[str, ...]] = {
     "one": ALL,
     "tp2": (*DENSE, "deepseek_v2", "deepseek_v3", "glm4_moe"),
-    "tp2-sp-etp1": ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"),
+    "tp2-sp-etp1": ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "qwen3_vl_moe"),
     "tp2-ep2-etp1": MOE,
-    "pp2": ("llama", "qwen3", "glm4", "qwen2_moe", "deepseek_v3", "gpt_oss"),
+    "pp2": ("llama", "qwen3", "glm4", "qwen2_moe", "deepseek_v3", "gpt_oss", "qwen2_vl"),
     "pp2-first1": ("llama tied", "mistral", "mixtral", "deepseek_v3 without mtp"),
     "pp2-last1": ("qwen2", "seed_oss", "glm4_moe"),
-    "pp2-vpp2": ("llama tied", "qwen3", "deepseek_v2", "qwen3_moe", "gpt_oss"),
+    "pp2-vpp2": ("llama tied", "qwen3", "deepseek_v2", "qwen3_moe", "gpt_oss", "qwen3_vl"),
     "pp2-layout": ("llama with biases", "qwen3_moe", "deepseek_v3"),
     "pp2-layout-mtp": ("deepseek_v3", "glm4_moe"),
     "pp2-vpp2-layout": ("qwen3", "mixtral", "glm4_moe"),
-    "dp2": ("llama tied", "seed_oss", "deepseek_v3"),
+    "dp2": ("llama tied", "seed_oss", "deepseek_v3", "qwen2_5_vl"),
     "ep2": MOE,
     "tp4": tuple(name for name in DENSE if name != "llama with biases"),
     "tp4-ep4-etp1": EIGHT_EXPERTS,
-    "tp4-ep2-etp2": ("mixtral", "qwen3_moe", "deepseek_v3"),
+    "tp4-ep2-etp2": ("mixtral", "qwen3_moe", "deepseek_v3", "qwen3_vl_moe"),
     "tp2-pp2": DENSE,
     "tp2-pp2-vpp2": ("llama tied", "deepseek_v3"),
     "tp2-pp2-ep2-etp1": ("qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"),
@@ -136,7 +145,7 @@ class Draws:
 def deep(name: str) -> hf.PretrainedConfig:
     """Four layers, and two query groups where the family has groups."""
     config = CONFIGS[name]
-    if "kv_lora_rank" not in config.to_dict():
+    if "kv_lora_rank" not in text_of(config).to_dict():
         return resized(config, num_hidden_layers=4, num_key_value_heads=2)
     # transformers rotates a part of each head, and needs an even size before that part.
     return resized(config, num_hidden_layers=4, qk_nope_head_dim=6)
@@ -165,11 +174,12 @@ def draw(seed: int) -> Draws:
             return draws
         name = chance.choice(ALL)
         config = draw_config(chance, CONFIGS[name])
-        values = config.to_dict()
+        values = text_of(config).to_dict()
         ranks = chance.choice([ranks for ranks, count in left.items() if count])
         layout = draw_layout(chance, ranks, values)
         try:
-            check_layout(family_of(values).megatron(values), LayoutConfig(**layout), training=False)
+            whole = config.to_dict()
+            check_layout(family_of(whole).megatron(whole), LayoutConfig(**layout), training=False)
         except ConfigError:
             continue
         left[ranks] -= 1
@@ -183,7 +193,7 @@ def draw(seed: int) -> Draws:
 
 def draw_config(chance: random.Random, base: hf.PretrainedConfig) -> hf.PretrainedConfig:
     """Other sizes for a family."""
-    values = base.to_dict()
+    values = text_of(base).to_dict()
     latent = "kv_lora_rank" in values
     groups = chance.choice([1, 2, 3, 4])
     heads, head_dim = groups * chance.choice([1, 2, 3]), chance.choice([4, 8])

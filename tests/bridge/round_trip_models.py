@@ -20,10 +20,12 @@ SPECIAL = (-0.0, math.inf, 1e-40, 6e-8)
 
 
 def resized(config: hf.PretrainedConfig, **changes: Any) -> hf.PretrainedConfig:
-    """A copy of a config with other sizes."""
-    values = config.to_dict() | changes
+    """A copy of a config with other sizes, which are the language model's in one that sees."""
+    values = config.to_dict()
+    text = values.get("text_config", values)
+    text |= changes
     # It follows from the number of layers.
-    values.pop("layer_types", None)
+    text.pop("layer_types", None)
     return type(config).from_dict(values)
 
 

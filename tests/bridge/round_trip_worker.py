@@ -146,10 +146,10 @@ def unlike_by_hand(parameters: Tensors, whole: Tensors) -> list[str]:
     wrong: list[str] = []
     for name, parameter in parameters.items():
         full = whole["embedding.word_embeddings.weight" if name not in whole else name]
-        shard = megatron_shard(name, full, *(expert if ".mlp.experts." in name else dense))
-        if parameter.numel() == full.numel():
-            # Megatron has some of the column-parallel linears whole on every rank.
-            shard = full
+        # Megatron has some of the column-parallel linears whole on every rank.
+        shard = full
+        if parameter.numel() != full.numel():
+            shard = megatron_shard(name, full, *(expert if ".mlp.experts." in name else dense))
         if not torch.equal(parameter.detach(), shard.reshape(parameter.shape)):
             wrong.append(f"{name} is not as converted by hand")
     return wrong

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from bridge.fit import check_layout, moe_pattern, pipeline_stages, virtual_stages
-from bridge.rules import MegatronSpec
+from bridge.rules import MegatronSpec, VisionSpec
 from configs.errors import ConfigError
 from configs.schema import LayoutConfig
 
@@ -102,6 +102,7 @@ def test_a_layout_that_fits(values: dict[str, Any], text: str) -> None:
         ({}, "pp2 Et*5|L", "has 5 layers t, the model 6"),
         ({}, "pp2 t*6|L", "has to be one E"),
         ({}, "pp2 Et*6||L", "has 3 stages"),
+        ({}, "pp3 Et*3||t*3,L", "leaves a pipeline rank without anything"),
         ({}, "pp2 vpp2 Et*6|L", "has 2 stages"),
         ({}, "pp2 Et*6|m,L", "the model's 0 layers m"),
         ({}, "pp2 first1 Et*6|L", "excludes num_layers_in_first"),
@@ -134,6 +135,26 @@ def test_all_that_is_wrong_is_listed() -> None:
 def test_what_is_only_wrong_for_gradients_may_be_converted() -> None:
     check_layout(spec_with(EXPERTS), layout("tp3 etp1 ep3"), training=False)
     check_layout(spec_with(LATENT), layout("tp2"), training=False)
+
+
+@pytest.mark.parametrize("text", ["pp3 vpp2", "pp2 first2", "pp3 last4", "pp2 Et*2|t*4,L"])
+def test_layers_that_take_in_features_are_on_the_first_stage(text: str) -> None:
+    vision = VisionSpec(
+        tower="",
+        config={},
+        image_token_id=1,
+        video_token_id=2,
+        spatial_merge_size=2,
+        aligner=(),
+        mrope_section=(1, 1, 0),
+        mrope_interleaved=True,
+        deepstack=3,
+    )
+    spec = replace(SPEC, vision=vision)
+    with pytest.raises(ConfigError, match="the first 3 take in features of the vision tower"):
+        check_layout(spec, layout(text))
+    check_layout(spec, layout(text), training=False)
+    check_layout(spec, layout("pp2"))
 
 
 def test_layers_for_multi_token_prediction_go_last() -> None:

@@ -1,0 +1,28 @@
+"""The part of a model that sees which is transformers' own module: vision tower and aligner."""
+
+import copy
+import pkgutil
+from typing import Literal
+
+import torch
+
+from bridge.rules import VisionSpec
+
+TOWER = "visual."
+"""What comes before names of the tower's parameters in Megatron's model."""
+
+
+def build_tower(vision: VisionSpec) -> torch.nn.Module:
+    """The tower with its aligner, on torch's default device; weights are whatever transformers makes of them."""
+    kind = pkgutil.resolve_name(vision.tower)
+    # Checking a config writes into what it is made of.
+    fields = copy.deepcopy(dict(vision.config))
+    # With it also the name of its attention, which transformers sets as it sees fit.
+    return kind._from_config(kind.config_class(**fields))
+
+
+def part_of(vision: VisionSpec, parameter: str) -> Literal["llm", "vit", "aligner"]:
+    """Which part of the model a parameter (global name) belongs to."""
+    if not parameter.startswith(TOWER):
+        return "llm"
+    return "aligner" if parameter.removeprefix(TOWER).startswith(vision.aligner) else "vit"
