@@ -167,6 +167,7 @@ def _sample(config: ExportConfig, source: ModelSource, spec: MegatronSpec) -> Sa
         config.seed,
         max_length=min(_SAMPLE_TOKENS, spec.max_sequence_length),
         multiple_of=config.layout.tensor_model_parallel_size,
+        vision=spec.vision,
     )
 
 
@@ -192,9 +193,10 @@ def _reference_logits(task: Task, sample: SampleBatch, dtype: torch.dtype) -> to
     """Those of transformers: of the output where it is a model, else of the source, with the adapter in it."""
     to_hf, written = task.config.to_hf, partial_of(task.output)
     if to_hf and not task.only_adapter:
-        return reference_logits(written, sample.tokens, dtype, task.device)
+        return reference_logits(written, sample.tokens, dtype, task.device, shown=sample.shown)
     adapter = None if task.adapter is None else written if to_hf else task.adapter.directory
-    return reference_logits(task.source.directory, sample.tokens, dtype, task.device, adapter)
+    source = task.source.directory
+    return reference_logits(source, sample.tokens, dtype, task.device, adapter, sample.shown)
 
 
 def _test(task: Task, sample: SampleBatch, ranks: _Ranks, console: Console) -> bool:

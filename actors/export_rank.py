@@ -219,6 +219,8 @@ class ExportRank:
 
     def logits(self, sample: SampleBatch) -> torch.Tensor | None:
         """Logits [S, V] of the sample in the model's type, from the last pipeline stage."""
+        if (shown := sample.shown) is not None:
+            self._model.look = lambda pictures: shown.patches_PC
         found = self._model.logits([_one_row(sample)])
         return None if found is None else found[0].cpu()
 
@@ -238,4 +240,5 @@ def _one_row(sample: SampleBatch) -> MicroBatch:
         loss_mask_T=int_row(sample.loss_mask[0].tolist()),
         advantages_T=float_row([0.0] * len(tokens)),
         logprobs_T=float_row([0.0] * len(tokens)),
+        vision=None if sample.shown is None else sample.shown.vision,
     )

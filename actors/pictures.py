@@ -23,6 +23,17 @@ _TURNED = range(5, 9)
 """Orientations, as cameras note them, in which height and width are exchanged."""
 
 
+def sight_of(vision: VisionSpec) -> Sight:
+    """What the model makes of pictures."""
+    return Sight(
+        image_token_id=vision.image_token_id,
+        video_token_id=vision.video_token_id,
+        merge=vision.spatial_merge_size,
+        tokens_per_second=vision.tokens_per_second,
+        timestamps=vision.timestamps,
+    )
+
+
 class PictureReader:
     """Reads pictures for one model."""
 
@@ -51,13 +62,7 @@ class PictureReader:
                 f"{size['longest_edge']}"
             )
         self._size = size
-        self._sight = Sight(
-            image_token_id=vision.image_token_id,
-            video_token_id=vision.video_token_id,
-            merge=vision.spatial_merge_size,
-            tokens_per_second=vision.tokens_per_second,
-            timestamps=vision.timestamps,
-        )
+        self._sight = sight_of(vision)
 
     @property
     def sight(self) -> Sight:

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from actors.precision_picture import Shown, show
 from bridge.adapter_bridge import adapted_modules
 from bridge.adapter_config import ADAPTER_WEIGHTS, read_adapter_config
 from bridge.checkpoint import CheckpointReader
 from bridge.layouts import region_of
 from bridge.lora import PREFIX
+from bridge.rules import VisionSpec
 from configs.errors import BasculeError
 
 _QUESTION = "How does a bascule bridge open, and why does it take so little power?"
@@ -36,6 +38,8 @@ class SampleBatch:
     tokens: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
+    shown: Shown | None = None
+    """A picture at the beginning of the row, for a model that sees."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +127,13 @@ def compare_logits(hf: torch.Tensor, megatron: torch.Tensor, loss_mask: torch.Te
 
 
 def sample_tokens(
-    tokenizer: Any | None, vocab_size: int, seed: int, *, max_length: int = 256, multiple_of: int = 8
+    tokenizer: Any | None,
+    vocab_size: int,
+    seed: int,
+    *,
+    max_length: int = 256,
+    multiple_of: int = 8,
+    vision: VisionSpec | None = None,
 ) -> SampleBatch:
     """One row to test on: a question and its answer, the answer with loss; without a tokenizer, random tokens.
 
@@ -142,11 +152,16 @@ def sample_tokens(
             f"precision test: the tokenizer gives token {max(ids)}, but the model's vocabulary has {vocab_size}"
         )
     length = min(len(ids) - 1, max_length) // multiple_of * multiple_of
-    row = torch.tensor([ids[: length + 1]])
+    ids, shown = ids[: length + 1], None
+    if vision is not None:
+        before = len(ids)
+        ids, shown = show(vision, ids, seed, multiple_of)
+        prompt, length = prompt + len(ids) - before, length + len(ids) - before
+    row = torch.tensor([ids])
     labels = row[:, 1:].contiguous()
     # The last token of the prompt is the first whose next token belongs to the answer.
     mask = torch.arange(length)[None] >= prompt - 1
-    return SampleBatch(tokens=row[:, :-1].contiguous(), labels=labels, loss_mask=mask)
+    return SampleBatch(tokens=row[:, :-1].contiguous(), labels=labels, loss_mask=mask, shown=shown)
 
 
 def reference_logits(
@@ -155,20 +170,23 @@ def reference_logits(
     dtype: torch.dtype,
     device: str = "cpu",
     adapter_dir: Path | None = None,
+    shown: Shown | None = None,
 ) -> torch.Tensor:
     """Float32 logits [B, S, V] that transformers computes in `dtype` with eager attention; on CPU.
 
-    With `adapter_dir` the PEFT adapter that is there is merged into the model first. Reads local files only; the
-    model is gone afterwards. Raises BasculeError when it cannot be loaded.
+    With `shown` the model is one that sees. With `adapter_dir` the PEFT adapter that is there is merged into
+    the model first. Reads local files only; the model is gone afterwards. Raises BasculeError when it cannot be
+    loaded.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     # It would list tensors that it has no use for; a DeepSeek-V3 has a whole layer of them.
     set_verbosity_error()
     disable_progress_bar()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        kind = AutoModelForCausalLM if shown is None else AutoModelForImageTextToText
+        loaded: Any = kind.from_pretrained(
             model_dir,
             dtype=dtype,
             attn_implementation="eager",
@@ -184,8 +202,11 @@ def reference_logits(
     if adapter_dir is not None:
         merge_adapter(model, adapter_dir)
     model.to(device).eval()
+    tokens = tokens.to(device)
     with torch.no_grad():
-        logits = model(tokens.to(device), use_cache=False).logits.float().cpu()
+        logits = (
+            model(tokens, use_cache=False, **(shown.inputs(tokens) if shown else {})).logits.float().cpu()
+        )
     del model
     # Modules refer to each other in circles, so their memory is not free before this.
     gc.collect()

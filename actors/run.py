@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from actors.adapter_source import find_adapter, read_adapter
+from actors.adapter_source import AdapterSource, find_adapter, read_adapter
 from actors.cluster import connect, device_of
 from actors.console import Console
 from actors.deadline import DeadlineExceededError, observed
@@ -101,10 +101,7 @@ def prepare(config: RunConfig) -> Prepared:
     policy = check_model(source, config, has_engines=has_engines)
     spec, contents = policy.spec, policy.contents
     adapter = find_adapter(config.tuner, ModelBridge(source.directory, contents.tensors))
-    frozen = frozen_parameters(policy.family, spec, contents.tensors, config.trainer.freeze)
-    if adapter is None:
-        frozen |= frozen_parts(spec, config.vision)
-    sources = Sources(model=source, adapter=adapter, frozen=frozen)
+    sources = Sources(model=source, adapter=adapter, frozen=_frozen(config, policy, adapter))
     if has_engines and adapter is not None and config.rollout.vllm_enable_lora:
         check_adapter_modules(read_hf_config(source.directory), sorted(adapter.modules), device)
     if is_grpo:
@@ -166,6 +163,12 @@ def _read_data(
         make_sft_samples(part, tokenizer, config.sft, config.data, eye) for part in (rows, held_out)
     )
     return prompts, [], samples, held_out_samples
+
+
+def _frozen(config: RunConfig, policy: CheckedModel, adapter: AdapterSource | None) -> frozenset[str]:
+    """Global names of the parameters that are not trained; with an adapter the model is not trained anyway."""
+    named = frozen_parameters(policy.family, policy.spec, policy.contents.tensors, config.trainer.freeze)
+    return named if adapter is not None else named | frozen_parts(policy.spec, config.vision)
 
 
 def _check_columns(

@@ -15,6 +15,7 @@ from bridge.layouts import Cut, Shape, Vocabulary, region_of
 from bridge.megatron import ADAPTER, EMBEDDING, OUTPUT_LAYER, Claims, Place, layout_for
 from bridge.plan import Piece
 from bridge.rules import Family, MegatronSpec
+from bridge.vision import TOWER
 from configs.errors import ConfigError
 
 PREFIX = "base_model.model."
@@ -98,7 +99,7 @@ def targets_of(
     found: list[Target] = []
     for name, parameter in parameters.items():
         # What PEFT adapts has no layers for multi-token prediction.
-        if not name.endswith(".weight") or parameter.dim() != 2 or name.startswith("mtp."):
+        if not name.endswith(".weight") or parameter.dim() != 2 or name.startswith(("mtp.", TOWER)):
             continue
         # Alternatives name or pack the same weights otherwise; the first has a tensor for every linear.
         match = family.matches(name, spec.num_layers)[0]

@@ -12,6 +12,10 @@ TOWER = "visual."
 """What comes before names of the tower's parameters in Megatron's model."""
 
 
+OF_TOWER = r"(.*\.)?visual\..*"
+"""Hugging Face modules of the tower, as a regular expression; adapters are of the language model alone."""
+
+
 def build_tower(vision: VisionSpec) -> torch.nn.Module:
     """The tower with its aligner, on torch's default device; weights are whatever transformers makes of them."""
     kind = pkgutil.resolve_name(vision.tower)

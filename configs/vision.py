@@ -21,7 +21,7 @@ class VisionConfig(Section):
     aligner_lr: float | None = Field(default=None, gt=0)
     """Peak learning rate of the aligner, in place of trainer.lr."""
     image_max_token_num: int | None = Field(default=None, ge=1)
-    """Tokens of an image at most: a larger one is made smaller. By default what the model's preprocessor says."""
+    """Tokens of an image at most: a larger one is made smaller. By default as its preprocessor has it."""
     image_min_token_num: int | None = Field(default=None, ge=1)
     """Tokens of an image at least: a smaller one is made larger."""
     max_pixels: int | None = Field(default=None, ge=1)
