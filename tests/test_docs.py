@@ -94,7 +94,8 @@ def test_our_options_in_migration_exist() -> None:
 def fields(package: str, *files: str) -> set[str]:
     """Fields of the dataclasses in these files of an installed package, which takes 20 s to import."""
     spec = find_spec(package)
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     trees = [ast.parse((Path(spec.origin).parent / file).read_text()) for file in files]
     classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
     return {
