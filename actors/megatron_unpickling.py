@@ -55,8 +55,9 @@ class _Unpickler(pickle.Unpickler):
         is_known = global_name in _KNOWN.get(module_name, ())
         is_type = module_name == "torch" and isinstance(vars(torch).get(global_name), torch.dtype)
         if not is_known and not is_type:
+            name = f"{module_name}.{global_name}"
             raise UntrustedPickleError(
-                f"{self._path}: asks for {module_name}.{global_name}, which a checkpoint has no need of and which "
+                f"{self._path}: asks for {name}, which a checkpoint has no need of and which "
                 "may run code; it was not loaded. If you trust it, save it as safetensors with what wrote it"
             )
         return super().find_class(module_name, global_name)
