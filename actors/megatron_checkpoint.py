@@ -1,7 +1,6 @@
 """Megatron's own checkpoints (torch_dist): every rank writes and reads its part, under any layout.
 
-On a machine without CUDA, actors.megatron_cpu.install() must have run before this module is imported. Like
-Megatron-core itself, loading unpickles files: load only checkpoints from a source you trust.
+On a machine without CUDA, actors.megatron_cpu.install() must have run before this module is imported.
 """
 
 import shutil
@@ -15,7 +14,6 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
 from actors.checkpoint_files import (
@@ -26,6 +24,7 @@ from actors.checkpoint_files import (
 from actors.megatron_background import PlannedSave, plan_save
 from actors.megatron_checkpoint_fit import clear_new_padding, mismatches
 from actors.megatron_lora import detached
+from actors.megatron_unpickling import UntrustedPickleError, data_only, read_metadata
 from bridge.partial_directory import make_partial, partial_of, put_in_place
 from configs.errors import BasculeError, ConfigError, WriteError
 
@@ -172,7 +171,7 @@ def load_state(
         dict[str, Any],
         _together(
             f"{folder}: the checkpoint could not be read",
-            lambda: dist_checkpointing.load(state, str(folder)),
+            lambda: _load(state, folder),
         ),
     )
     _together(
@@ -254,10 +253,18 @@ def _read_metadata(folder: Path) -> tuple[Metadata, dict[str, Any]]:
     """What the checkpoint says it holds, and under which settings of Megatron it was made."""
 
     def read() -> tuple[Metadata, dict[str, Any]]:
-        content = dist_checkpointing.load_content_metadata(str(folder)) or _CONTENT
-        return FileSystemReader(folder).read_metadata(), dict(content)
+        # Before Megatron reads the same file without asking.
+        metadata = read_metadata(folder)
+        with data_only():
+            content = dist_checkpointing.load_content_metadata(str(folder)) or _CONTENT
+        return metadata, dict(content)
 
     return _together(f"{folder}: .metadata, metadata.json or common.pt is missing or damaged", read)
+
+
+def _load(state: dict[str, Any], folder: Path) -> Any:
+    with data_only():
+        return dist_checkpointing.load(state, str(folder))
 
 
 def _apply(
@@ -338,6 +345,8 @@ def _together(message: str, action: Callable[[], T], kind: type[BasculeError] = 
 
 
 def _said(error: BaseException) -> str:
+    if isinstance(error, UntrustedPickleError):
+        return str(error)
     if not isinstance(error, CheckpointException):
         return repr(error)
     # No Exception, and by itself a page of traces. One rank's names all that failed, those of the others nothing.

@@ -133,6 +133,7 @@ class _Followed:
         self._client, self._job, self._write = client, job, write
         self._shown = 0
         self._interrupts = 0
+        self._refused = False
         self._stopping: asyncio.Task[None] | None = None
 
     async def to_its_end(self) -> int:
@@ -146,7 +147,8 @@ class _Followed:
         leaving.cancel()
         if left.is_set():
             following.cancel()
-            self._write(f"left job {self._job}, which is being stopped\n")
+            what = "goes on" if self._refused else "is being stopped"
+            self._write(f"left job {self._job}, which {what}\n")
             return INTERRUPTED
         return self._code(following.result())
 
@@ -184,14 +186,21 @@ class _Followed:
             left.set()
             return
         self._write(f"\nstopping job {self._job}; it may save first. Ctrl-C once more leaves it\n")
-        self._stopping = asyncio.create_task(asyncio.to_thread(self._client.stop_job, self._job))
+        self._stopping = asyncio.create_task(self._stop())
+
+    async def _stop(self) -> None:
+        try:
+            await asyncio.to_thread(self._client.stop_job, self._job)
+        except _AWAY as error:
+            self._refused = True
+            self._write(f"job {self._job}: Ray did not stop it: {_said(error)}\n")
 
     def _code(self, info: Any) -> int:
         if info.status == "SUCCEEDED":
             return 0
         if info.status == "STOPPED":
             self._write(f"job {self._job} was stopped\n")
-            return INTERRUPTED if self._interrupts else STOPPED
+            return INTERRUPTED if self._interrupts and not self._refused else STOPPED
         code = info.driver_exit_code
         if not code:
             # Its command never ran, or its node is gone: the log does not tell.
