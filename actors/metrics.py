@@ -15,7 +15,7 @@ from actors.console import Console
 from actors.ending import EndedEarlyError
 from actors.events import EventLog
 from actors.resume_state import FOLDER, RESULT, State, forget, truncate_files
-from actors.sinks import Sink, Sinks, TensorBoard
+from actors.sinks import TRACKERS, Sink, Sinks, TensorBoard
 from actors.status_file import StatusFile
 from actors.trace import Trace, Tracks
 from algorithms.data import FloatRow, Scored, TokenRecord
@@ -60,7 +60,7 @@ class RunRecorder:
         self._log = EventLog(directory / "events.jsonl")
         self.status = StatusFile(directory)
         self._trace = Trace(directory, trace_steps)
-        self._sinks = Sinks([TensorBoard(directory), self._trace, *sinks], console.line)
+        self._sinks = Sinks([*sinks, TensorBoard(directory), self._trace], console.line)
         self._more: list[Callable[[], Mapping[str, float]]] = []
         self._made = time.monotonic()
         self._state = state
@@ -170,8 +170,8 @@ class RunRecorder:
     def __enter__(self) -> Self:
         """Open the files, replacing those of an earlier run, or cutting off what came after the state. Not sooner:
         a start that fails must cost nothing."""
-        self._open(self._state)
         self._sinks.tell(lambda sink: sink.open(None if self._state is None else self._last))
+        self._open(self._state)
         self._started = time.monotonic()
         seconds = self._started - self._made
         kind, begins = (
@@ -204,9 +204,9 @@ class RunRecorder:
         self._tokens.close()
 
     def _start_anew(self, cut: Sequence[str]) -> None:
-        for name in ("tensorboard", "checkpoint", FOLDER):
+        for name in ("checkpoint", FOLDER):
             shutil.rmtree(self._directory / name, ignore_errors=True)
-        for name in (RESULT, "curve.png", "last", "best"):
+        for name in (RESULT, "curve.png", "last", "best", TRACKERS):
             (self._directory / name).unlink(missing_ok=True)
         for name in cut:
             (self._directory / name).write_text("")

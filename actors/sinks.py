@@ -1,14 +1,18 @@
 """Who is told of a run's numbers besides its own files. None of them can break a run."""
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from configs.errors import BasculeError
 
+TRACKERS = "trackers.json"
+"""What those outside of the run directory call the run."""
+
 
 class Sink(Protocol):
-    """Told of a run's numbers, from the main thread. A method that a class does not have does nothing."""
+    """Told of a run's numbers, from the main thread; of events from any. What a class lacks does nothing."""
 
     name: str
     """For messages."""
@@ -64,15 +68,17 @@ class TensorBoard(Sink):
         self._directory = directory / "tensorboard"
 
     def open(self, step: int | None) -> None:
-        """Begin a file of events; what others have after `step` is not shown."""
+        """Begin a file of events, in place of all others or, with a `step`, of what they have after it."""
         # Seconds of imports, while nothing waits yet.
         from torch.utils.tensorboard import SummaryWriter
 
+        if step is None:
+            shutil.rmtree(self._directory, ignore_errors=True)
         purge_step = None if step is None else step + 1
         self._writer = SummaryWriter(str(self._directory), purge_step=purge_step)
 
     def go_back(self, step: int | None) -> None:
-        """As `open`, for the run directory has been cleared or cut."""
+        """As `open`."""
         self._writer.close()
         self.open(step)
 

@@ -9,8 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ray
+
+from actors import deadline
 from actors.sinks import Sink
 from actors.spans import SpanLog, Taken
+from configs.errors import BasculeError
 
 TRACE, OLDER = "trace.json", "trace-older.json"
 DRIVER = "driver"
@@ -116,9 +120,6 @@ class Trace(Sink):
 
     def _collect(self, timeout_s: float, *, ask: bool = True) -> None:
         """Write what has been answered; ask those who have no question to answer."""
-        import ray
-        from ray.exceptions import RayError
-
         self._file.write(DRIVER, self.spans.take())
         if not self._tracks or not ray.is_initialized():
             return
@@ -127,8 +128,9 @@ class Trace(Sink):
         for ref in ready:
             del self._asked[refs[ref]]
             try:
-                self._file.write(refs[ref], ray.get(ref))
-            except RayError:
+                taken = deadline.get(ref, refs[ref], timeout_s=_LAST_S, phase="spans")
+                self._file.write(refs[ref], taken)
+            except BasculeError:
                 # It is gone, with its spans; another one may have its name.
                 continue
         if ask:
@@ -144,13 +146,15 @@ def _events(name: str, taken: Taken) -> Iterable[dict[str, Any]]:
     label = f"{name} ({taken.host}, pid {taken.pid})"
     yield {"ph": "M", "name": "process_name", "pid": process, "args": {"name": label}}
     yield {"ph": "M", "name": "process_sort_index", "pid": process, "args": {"sort_index": process}}
+    for lane in sorted({span.lane for span in taken.spans}):
+        args = {"name": f"{name} {lane}"}
+        yield {"ph": "M", "name": "thread_name", "pid": process, "tid": lane, "args": args}
+    category = name.rstrip(" 0123456789")
     for span in taken.spans:
-        lane = {"name": f"{name} {span.lane}"}
-        yield {"ph": "M", "name": "thread_name", "pid": process, "tid": span.lane, "args": lane}
         yield {
             "ph": "X",
             "name": span.name,
-            "cat": name.rstrip(" 0123456789"),
+            "cat": category,
             "pid": process,
             "tid": span.lane,
             "ts": span.start_us,

@@ -14,7 +14,7 @@ from typing import Any
 
 from actors.cluster import address_of
 from actors.prometheus import Prometheus
-from actors.sinks import Sink
+from actors.sinks import TRACKERS, Sink
 from configs.errors import BasculeError, ConfigError
 from configs.record import RecordConfig
 from configs.schema import RunConfig
@@ -24,7 +24,6 @@ _END_S = 60.0
 # Of MLflow's servers.
 _MOST_PARAMS, _LONGEST_PARAM = 100, 500
 _PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}
-_FILE = "trackers.json"
 
 
 def sinks_of(config: RunConfig, directory: Path) -> list[Sink]:
@@ -66,15 +65,19 @@ class _Remembered:
     """What a tracker calls the run, so that one that goes on is the same."""
 
     def __init__(self, directory: Path, tracker: str) -> None:
-        self._path = directory / _FILE
+        self._path = directory / TRACKERS
         self._tracker = tracker
+        self._written: str | None = None
 
     def read(self) -> str | None:
         """None for a run that it does not know."""
         return self._all().get(self._tracker)
 
     def write(self, value: str) -> None:
-        """From now on."""
+        """From now on. Not before the first row: until then a run that is there already is not replaced."""
+        if self._written == value:
+            return
+        self._written = value
         self._path.write_text(json.dumps(self._all() | {self._tracker: value}) + "\n")
 
     def _all(self) -> dict[str, str]:
@@ -114,10 +117,10 @@ class Wandb(Sink):
             self._run.define_metric("*", step_metric="step")
         except Exception as error:
             raise BasculeError(f"record.report_to: wandb does not begin a run: {error}") from error
-        self._remembered.write(self._run.id)
 
     def row(self, row: Mapping[str, float]) -> None:
         """All of it, under the names of metrics.jsonl."""
+        self._remembered.write(self._run.id)
         self._run.log(_finite(row))
 
     def close(self, outcome: str) -> None:
@@ -152,7 +155,6 @@ class MLflow(Sink):
             self._id = known
         except Exception as error:
             raise BasculeError(f"record.report_to: mlflow does not begin a run: {error}") from error
-        self._remembered.write(self._id)
 
     def _begin(self) -> str:
         from mlflow.entities import Param
@@ -170,6 +172,7 @@ class MLflow(Sink):
         """All of it, under the names of metrics.jsonl. Raises what went wrong with an earlier one."""
         from mlflow.entities import Metric
 
+        self._remembered.write(self._id)
         now, step = int(time.time() * 1000), int(row["step"])
         metrics = [Metric(name, value, now, step) for name, value in _finite(row).items() if name != "step"]
         self._background.do(lambda: self._client.log_batch(self._id, metrics))
