@@ -53,8 +53,7 @@ def check_trackers(record: RecordConfig) -> None:
 def _check_wandb() -> None:
     import wandb
 
-    settings = wandb.setup().settings
-    if settings.mode == "online" and not wandb.api.api_key:
+    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
         raise ConfigError(
             "record.report_to: wandb has no key for its server; set WANDB_API_KEY, or WANDB_MODE=offline, which "
             "writes into the run directory what `wandb sync` can send later"

@@ -33,17 +33,19 @@ for begin, steps, outcome in ((None, (1, 2), "interrupted"), (1, (2, 3), "ended"
 """
 
 
+def without_settings() -> dict[str, str]:
+    """The environment without what either looks for."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "MLFLOW"))}
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a run that was interrupted after step 2, and that went on after step 1."""
     directory = tmp_path_factory.mktemp("run")
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "MLFLOW"))
-    }
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(directory)],
         cwd=ROOT,
-        env=environment | {"WANDB_MODE": "offline"},
+        env=without_settings() | {"WANDB_MODE": "offline"},
         capture_output=True,
         text=True,
         timeout=240,
@@ -122,9 +124,24 @@ def test_wandb_has_one_run_in_two_parts_with_all_steps(directory: Path) -> None:
     ]
 
 
-def test_what_is_not_installed_or_has_no_key_is_said_before_anything_starts(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_has_no_key_is_said_before_anything_starts(tmp_path: Path) -> None:
+    program = (
+        "from actors.trackers import check_trackers; from configs.record import RecordConfig\n"
+        "check_trackers(RecordConfig(report_to=('wandb',)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=without_settings() | {"HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "ConfigError: record.report_to: wandb has no key for its server; set WANDB_API_KEY" in done.stderr
+
+
+def test_what_is_not_installed_is_said_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     check_trackers(RecordConfig())
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"record.report_to: mlflow is not installed .*pip install mlflow"):
