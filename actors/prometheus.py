@@ -1,6 +1,7 @@
 """A run's numbers as metrics of Ray, which every node serves to Prometheus."""
 
 import math
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,13 +10,16 @@ from actors.metric_table import METRICS, Metric
 from actors.sinks import Sink
 
 _STEP = "time/step"
+_AGAIN_S = 5.0
+_END_S = 5.0
 
 
 class Prometheus(Sink):
     """Sets the metrics of actors.metric_table from what the recorder writes; about 0.01 ms each.
 
-    Ray sends them to the node's agent every ten seconds; what a driver sets in its last seconds may be lost, and
-    its gauges are gone once it has ended.
+    Ray sends them to the node's agent every ten seconds, and only what was set since; the agent forgets a gauge
+    after twenty. So a thread sets all gauges again, as long as the run goes. What is set in its last seconds may
+    be lost.
     """
 
     name = "Prometheus"
@@ -25,6 +29,8 @@ class Prometheus(Sink):
         self._max_steps = max_steps
         self._metrics: dict[str, Any] = {}
         self._restarts = 0
+        self._gauges: dict[tuple[str, str], float] = {}
+        self._over = threading.Event()
 
     def open(self, step: int | None) -> None:
         """Register all of them; the run must have joined its cluster."""
@@ -40,6 +46,8 @@ class Prometheus(Sink):
         self._set("@restart", 0.0)
         if step is not None:
             self._set("step", float(step))
+        self._refreshing = threading.Thread(target=self._refresh, name="refresh-metrics", daemon=True)
+        self._refreshing.start()
 
     def row(self, row: Mapping[str, float]) -> None:
         """All that a row has; an evaluation's has no step of its own."""
@@ -70,6 +78,16 @@ class Prometheus(Sink):
         """Since when."""
         self._set("@wait", seconds)
 
+    def close(self, outcome: str) -> None:
+        """Gauges of a run that is over go away."""
+        self._over.set()
+        self._refreshing.join(_END_S)
+
+    def _refresh(self) -> None:
+        while not self._over.wait(_AGAIN_S):
+            for (source, value_of_label), value in list(self._gauges.items()):
+                self._set(source, value, value_of_label)
+
     def _set(self, source: str, value: float, value_of_label: str = "") -> None:
         self._put(_BY_SOURCE[source], value, value_of_label)
 
@@ -79,6 +97,7 @@ class Prometheus(Sink):
         tags = None if metric.label is None else {metric.label: value_of_label}
         made = self._metrics[metric.source]
         if metric.kind == "gauge":
+            self._gauges[metric.source, value_of_label] = value
             made.set(value, tags)
         elif value > 0:
             made.inc(value, tags)

@@ -20,6 +20,8 @@ TRACE, OLDER = "trace.json", "trace-older.json"
 DRIVER = "driver"
 _END = "\n]\n"
 _LAST_S = 2.0
+# The driver's lane of steps, which are written a moment after they end, so that phases are not within them.
+_STEPS = 1000
 
 Tracks = Callable[[], Mapping[str, Callable[[], Any]]]
 """The processes that there are now: by name what asks one for its spans, and gives Ray's reference."""
@@ -105,7 +107,7 @@ class Trace(Sink):
         """A step is done."""
         if "time/step" not in row or not self._steps:
             return
-        self.spans.past(f"step {row['step']:.0f}", row["time/step"])
+        self.spans.past(f"step {row['step']:.0f}", row["time/step"], _STEPS)
         if self._in_file == self._steps:
             self._file.turn()
             self._in_file = 0
@@ -147,7 +149,7 @@ def _events(name: str, taken: Taken) -> Iterable[dict[str, Any]]:
     yield {"ph": "M", "name": "process_name", "pid": process, "args": {"name": label}}
     yield {"ph": "M", "name": "process_sort_index", "pid": process, "args": {"sort_index": process}}
     for lane in sorted({span.lane for span in taken.spans}):
-        args = {"name": f"{name} {lane}"}
+        args = {"name": "steps" if lane == _STEPS else f"{name} {lane}"}
         yield {"ph": "M", "name": "thread_name", "pid": process, "tid": lane, "args": args}
     category = name.rstrip(" 0123456789")
     for span in taken.spans:

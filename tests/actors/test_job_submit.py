@@ -80,14 +80,15 @@ def wait_for(ready: Callable[[], bool], node: subprocess.Popen[str], what: str) 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """Two nodes with a dashboard on loopback, in a folder of their own; ended by their own processes."""
-    folder = tempfile.mkdtemp(prefix="h")
+    """Two nodes with a dashboard on loopback, in folders of their own; ended by their own processes."""
+    # In one folder they would unpack what is submitted over each other.
+    folders = [tempfile.mkdtemp(prefix="h") for _ in range(2)]
     gcs, dashboard, metrics = (free_port("127.0.0.1") for _ in range(3))
     found = Head(dashboard=f"http://127.0.0.1:{dashboard}", metrics=f"http://127.0.0.1:{metrics}/metrics")
     node_ip = ("--node-ip-address", "127.0.0.1")
     nodes = [
         start_node(
-            *("--head", "--temp-dir", folder, *node_ip, "--port", str(gcs)),
+            *("--head", "--temp-dir", folders[0], *node_ip, "--port", str(gcs)),
             *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)),
             *("--metrics-export-port", str(metrics)),
             role="trainer",
@@ -95,7 +96,9 @@ def head() -> Iterator[Head]:
     ]
     try:
         wait_for(lambda: bool(found.get("/api/version")), nodes[0], "the dashboard does not answer")
-        nodes.append(start_node("--address", f"127.0.0.1:{gcs}", *node_ip, role="rollout"))
+        nodes.append(
+            start_node(*("--address", f"127.0.0.1:{gcs}", "--temp-dir", folders[1], *node_ip), role="rollout")
+        )
         wait_for(lambda: len(roles_of_nodes(found)) == 2, nodes[1], "the second node does not join")
         yield found
     finally:
@@ -103,7 +106,8 @@ def head() -> Iterator[Head]:
             node.terminate()
         for node in nodes:
             node.communicate(timeout=60)
-        shutil.rmtree(folder, ignore_errors=True)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def roles_of_nodes(head: Head) -> dict[str, str]:
@@ -182,27 +186,28 @@ def test_the_command_of_the_readme_trains_and_saves(head: Head, clone: Path, tmp
     output = tmp_path / "output"
     command = next(line for line in README.splitlines() if line.startswith("ray job submit"))
     words = command.replace("-- python ", f"-- {sys.executable} ").replace(OUTPUT, str(output))
-    submitted = subprocess.Popen(
-        [
-            *(RAY, *shlex.split(words)[1:]),
-            *("--max_steps", "3", "--eval_size", "20", "--lr_warmup_iters", "0", "--max_lag", "1"),
-            *("--node_label", LABEL, "--bridge.placement", "trainer", "--run_name", "of the readme"),
-        ],
-        cwd=clone,
-        env=os.environ | AUTH | {"RAY_ADDRESS": head.dashboard},
-        stdout=(tmp_path / "log").open("w"),
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    with (tmp_path / "log").open("w") as log:
+        submitted = subprocess.Popen(
+            [
+                *(RAY, *shlex.split(words)[1:]),
+                *("--max_steps", "3", "--eval_size", "20", "--lr_warmup_iters", "0", "--max_lag", "1"),
+                *("--node_label", LABEL, "--bridge.placement", "trainer", "--run_name", "of the readme"),
+            ],
+            cwd=clone,
+            env=os.environ | AUTH | {"RAY_ADDRESS": head.dashboard},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
     seen: list[dict[str, dict[tuple[tuple[str, str], ...], float]]] = []
     deadline = time.monotonic() + 400
     while submitted.poll() is None and time.monotonic() < deadline:
         now = scrape(head)
         seen += [now] if now.get("ray_bascule_step") else []
-        time.sleep(0.5)
-    log = (tmp_path / "log").read_text()
-    assert submitted.poll() == 0, log
-    assert "result: {" in log
+        time.sleep(1)
+    said = (tmp_path / "log").read_text()
+    assert submitted.poll() == 0, said
+    assert "result: {" in said
     steps = [row for row in rows(output / "metrics.jsonl") if "reward" in row]
     assert [row["step"] for row in steps] == [1, 2, 3]
     assert len(rows(output / "rollouts.jsonl")) == 3 * 128 * 4 + 2 * 20

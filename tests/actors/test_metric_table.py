@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,11 @@ def made(monkeypatch: pytest.MonkeyPatch) -> dict[str, Fake]:
     return found
 
 
-def test_rows_become_values_by_label_and_counters_grow(made: dict[str, Fake]) -> None:
+def test_rows_become_values_by_label_and_counters_grow(
+    made: dict[str, Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
     sink = Prometheus(run="r", algorithm="grpo", max_steps=9)
+    monkeypatch.setattr("actors.prometheus._AGAIN_S", 0.2)
     sink.event("start")
     sink.open(None)
     row = {
@@ -158,4 +162,14 @@ def test_rows_become_values_by_label_and_counters_grow(made: dict[str, Fake]) ->
     assert made["bascule_restarts"].values == {own: 1.0}
     assert made["bascule_events"].values == {(*own, "restart"): 1.0}
     assert made["bascule_wait_seconds"].values == {own: 0.0}
+    # Ray forgets what is not set again.
+    for each in made.values():
+        each.values.clear()
+    deadline = time.monotonic() + 30
+    while not made["bascule_wait_seconds"].values and time.monotonic() < deadline:
+        time.sleep(0.02)
+    sink.close("ended")
+    assert made["bascule_loss"].values == {own: 0.5}
+    assert made["bascule_max_steps"].values == {own: 9.0}
+    assert made["bascule_samples"].values == {}
     assert set(made) == {each.name for each in METRICS}
