@@ -18,7 +18,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from bridge.transport.base import TransportError
+from bridge.transport.errors import TransportError
 from configs.errors import BasculeError
 
 _AFTER_FAILURE_S = 5.0

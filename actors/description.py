@@ -57,8 +57,9 @@ def describe(prepared: Prepared) -> Sequence[str]:
         ]
     else:
         held_out = prepared.held_out_samples
+        data = prepared.samples.describe() if prepared.stream is None else "streamed"
         lines += [
-            f"data: {prepared.samples.describe()}, {config.sft.batch_size} per step, {config.max_steps} steps",
+            f"data: {data}, {config.sft.batch_size} per step, {config.max_steps} steps",
             *([f"held out: {held_out.describe()}"] if held_out.kept else []),
             *loss,
         ]

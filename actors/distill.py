@@ -19,14 +19,14 @@ from algorithms.completions import teacher_of
 from algorithms.conversations import make_prompts, make_sft_samples
 from algorithms.data import Prompt, TrainSample
 from algorithms.datasets import Row, read_rows, read_splits
-from algorithms.prompts import PromptStream
+from algorithms.prompts import HasTokens, PromptStream
 from configs.schema import RunConfig
 
 if TYPE_CHECKING:
     from actors.run import Prepared
 
 
-T = TypeVar("T")
+T = TypeVar("T", bound=HasTokens)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

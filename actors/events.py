@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from bridge.partial_directory import naming
+from configs.errors import naming
 
 
 class Event(Protocol):

@@ -32,6 +32,11 @@ def check_micro_batches(prompts: Sequence[Prompt], samples: Sequence[TrainSample
     budget = config.trainer.micro_batch_tokens
     if budget is None:
         return
+    if config.data.streaming and config.sft.max_length > budget:
+        raise ConfigError(
+            f"trainer.micro_batch_tokens: {budget} is less than sft.max_length {config.sft.max_length}, which a "
+            "streamed sample may have; raise it or lower that"
+        )
     longest = max((sample.tokens.size for sample in samples), default=0)
     if longest > budget:
         raise ConfigError(

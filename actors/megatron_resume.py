@@ -17,7 +17,7 @@ from actors.megatron_adapter_checkpoint import Trained
 from actors.megatron_background import BackgroundSave
 from actors.megatron_checkpoint import Models, Saved, load_state, load_torch_dist, plan_torch_dist
 from actors.megatron_model import FrozenModel, MegatronModel
-from bridge.partial_directory import naming
+from configs.errors import naming
 
 
 def save_rank(

@@ -20,8 +20,7 @@ from actors.status_file import StatusFile
 from actors.trace import Trace, Tracks
 from algorithms.data import FloatRow, Scored, TokenRecord
 from algorithms.stored_rollouts import stored_row
-from bridge.partial_directory import naming
-from configs.errors import WriteError
+from configs.errors import WriteError, naming
 
 _FILES = ("metrics.jsonl", "rollouts.jsonl", "tokens.jsonl", "events.jsonl")
 _PHASES = ("generate", "train", "sync")

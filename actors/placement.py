@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.model_source import ModelSize
 from configs.engines import EngineConfig
 from configs.errors import BasculeError
 from configs.export import ExportConfig
 from configs.schema import LayoutConfig, RunConfig
+
+if TYPE_CHECKING:
+    from actors.model_source import ModelSize
 
 _GIB = 1 << 30
 _SMALL_CPUS = 0.1
@@ -71,7 +73,7 @@ class Reservation:
 
 
 def bundles_of(
-    config: RunConfig, size: ModelSize, device: str, teacher: ModelSize | None = None
+    config: RunConfig, size: "ModelSize", device: str, teacher: "ModelSize | None" = None
 ) -> tuple[Bundle, ...]:
     """The bundles of a run, with memory estimated from the sizes of the model and of a teacher that it runs."""
     trainer, rollout, cluster = config.trainer, config.rollout, config.cluster
@@ -117,7 +119,7 @@ def bundles_of(
 
 
 def _engine_bundle(
-    owner: str, config: RunConfig, engine: EngineConfig, size: ModelSize, device: str
+    owner: str, config: RunConfig, engine: EngineConfig, size: "ModelSize", device: str
 ) -> Bundle:
     workers, item = engine.tensor_parallel_size, 2 if config.model.torch_dtype == "bfloat16" else 4
     return Bundle(
@@ -142,7 +144,7 @@ def _has_reference(config: RunConfig) -> bool:
     return tuner.ref_adapters is not None or bool(tuner.modules_to_save)
 
 
-def _shares(layout: LayoutConfig, size: ModelSize) -> list[tuple[int, int]]:
+def _shares(layout: LayoutConfig, size: "ModelSize") -> list[tuple[int, int]]:
     """Parameters of a rank and how many ranks hold the same: those outside of experts, then those inside."""
     stages = layout.pipeline_model_parallel_size
     dense = layout.tensor_model_parallel_size * stages
@@ -151,7 +153,7 @@ def _shares(layout: LayoutConfig, size: ModelSize) -> list[tuple[int, int]]:
     return [(count // ranks, layout.world_size // ranks) for count, ranks in counts]
 
 
-def export_bundles(config: ExportConfig, size: ModelSize, device: str) -> tuple[Bundle, ...]:
+def export_bundles(config: ExportConfig, size: "ModelSize", device: str) -> tuple[Bundle, ...]:
     """The bundles of an export: its ranks, each with its share of the model in the type that is asked for."""
     layout = config.layout
     share = sum(share for share, _ in _shares(layout, size))

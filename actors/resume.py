@@ -23,7 +23,6 @@ from actors.resume_state import (
     config_sha256,
     find_state,
     forget,
-    items_sha256,
     name_of,
     read_state,
     states,
@@ -32,7 +31,7 @@ from actors.resume_state import (
 from actors.resume_writing import StateWriting
 from actors.trainer import TrainerGroup
 from algorithms.progress import Ahead, Begun, Progress
-from algorithms.prompts import PromptStream
+from algorithms.prompts import PromptStream, Stream
 from bridge.partial_directory import make_partial, partial_of
 from configs.errors import ConfigError, WriteError
 from configs.schema import RunConfig
@@ -84,7 +83,7 @@ class StateKeeper:
         directory: Path,
         trainers: TrainerGroup,
         recorder: RunRecorder,
-        streams: Mapping[str, PromptStream[Any] | None],
+        streams: Mapping[str, Stream[Any] | None],
         state: State | None,
         ending: Ending,
         rewards: Callable[[], Rewards] = lambda: None,
@@ -94,7 +93,6 @@ class StateKeeper:
         self._config, self.directory, self._ending = config, directory, ending
         self._trainers, self._recorder, self._rewards = trainers, recorder, rewards
         self._streams = {name: stream for name, stream in streams.items() if stream is not None}
-        self._digests = {name: items_sha256(stream.items) for name, stream in self._streams.items()}
         self._as_json = config_of(config)
         self._schedule = Schedule(config.checkpoint)
         self._writing: StateWriting | None = None
@@ -179,8 +177,7 @@ class StateKeeper:
             config=config,
             config_sha256=config_sha256(config),
             streams={
-                name: {**stream.state(), "sha256": self._digests[name]}
-                for name, stream in self._streams.items()
+                name: {**stream.state(), "sha256": stream.digest()} for name, stream in self._streams.items()
             },
             files=self._recorder.sizes(),
             links=self._trainers.links.state(),
@@ -236,15 +233,16 @@ class StateKeeper:
         manifest = state.manifest
         for name, stream in self._streams.items():
             saved = manifest.streams[name]
-            if saved["sha256"] != self._digests[name]:
+            stream.restore(saved)
+            if stream.digest() != saved["sha256"]:
                 raise ConfigError(
                     f"data: the {name} are not those that {state.directory} was saved with; put the data back, or "
                     "begin anew with --resume never --exist_ok"
                 )
-            stream.restore(saved)
         same = is_same_layout(manifest.config, self._as_json)
         self._trainers.load_state(state.directory, same_layout=same)
         self._trainers.links.restore(manifest.links)
         self.start = manifest.progress
         prompts = self._streams.get("prompts")
-        self.begun = () if prompts is None else read_ahead(state.directory, prompts.items)
+        is_ahead = isinstance(prompts, PromptStream)
+        self.begun = read_ahead(state.directory, prompts.items) if is_ahead else ()

@@ -7,8 +7,7 @@ from typing import Any
 
 from algorithms.data import Group, Prompt, Rollout, float_row, int_row
 from algorithms.progress import Begun
-from bridge.partial_directory import naming
-from configs.errors import ConfigError
+from configs.errors import ConfigError, naming
 
 _FILE = "ahead.jsonl"
 

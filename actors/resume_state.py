@@ -7,12 +7,11 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from algorithms.data import IntRow
 from algorithms.progress import Progress
-from bridge.partial_directory import naming, partial_of
-from configs.errors import BasculeError, ConfigError
+from bridge.partial_directory import partial_of
+from configs.errors import BasculeError, ConfigError, naming
 from configs.schema import RunConfig
 
 FOLDER = "resume"
@@ -20,15 +19,6 @@ MANIFEST = "manifest.json"
 RESULT = "result.json"
 _FORMAT = 2
 _NAME = re.compile(r"step-(\d+)")
-
-
-class HasTokens(Protocol):
-    """An item of a data set."""
-
-    @property
-    def tokens(self) -> IntRow:
-        """Its token ids."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +30,7 @@ class Manifest:
     """The resolved config, as JSON has it."""
     config_sha256: str
     streams: Mapping[str, Mapping[str, Any]]
-    """Of each stream of data its position, and a digest of its items."""
+    """Of each stream of data its position, and a digest of the data."""
     files: Mapping[str, int]
     """Bytes of each file of records at that moment."""
     links: Mapping[str, Any]
@@ -77,15 +67,6 @@ def config_of(config: RunConfig) -> dict[str, Any]:
 def config_sha256(config: Mapping[str, Any]) -> str:
     """Digest of a config, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-
-
-def items_sha256(items: Sequence[HasTokens]) -> str:
-    """Digest of the items' tokens in their order."""
-    digest = hashlib.sha256()
-    for item in items:
-        digest.update(len(item.tokens).to_bytes(8, "little"))
-        digest.update(item.tokens.tobytes())
-    return digest.hexdigest()
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

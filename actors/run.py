@@ -43,13 +43,15 @@ from actors.trainer import TrainerGroup
 from actors.trainer_rank import Sources
 from algorithms import grpo, sft
 from algorithms.conversations import Samples, make_prompts, make_sft_samples
-from algorithms.data import Prompt
-from algorithms.datasets import read_splits
+from algorithms.data import Prompt, TrainSample
+from algorithms.datasets import read_rows, read_splits
 from algorithms.environments.loading import Environment, load_environment
-from algorithms.prompts import PromptStream
+from algorithms.prompts import PromptStream, Stream
 from algorithms.rewards.loading import Reward, load_rewards
 from algorithms.rewards.signature import check_arguments
 from algorithms.roles import Roles
+from algorithms.rows import Row
+from algorithms.streaming import SampleStream, open_stream
 from bridge.families import read_hf_config
 from bridge.frozen import frozen_parameters
 from bridge.model_bridge import ModelBridge
@@ -73,6 +75,8 @@ class Prepared:
     prompts: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...]
     samples: Samples
+    stream: SampleStream | None
+    """In place of all samples, where they are streamed."""
     held_out_samples: Samples
     rewards: tuple[Reward, ...]
     environment: Environment | None
@@ -108,16 +112,8 @@ def prepare(config: RunConfig) -> Prepared:
     teacher = find_teacher(config, source)
     sources = replace(sources, teacher=source_in_trainer(config, teacher))
     lessons = make_lessons(config, tokenizer) if config.algorithm == "gkd" else None
-    rows, held_out_rows = ([], []) if lessons else read_splits(config.data, config.seed)
-    check_column([*rows, *held_out_rows], config)
-    prompts = (
-        make_prompts(rows, tokenizer, config.data) if is_grpo else list(lessons.prompts if lessons else ())
-    )
-    held_out = make_prompts(held_out_rows, tokenizer, config.data) if is_grpo else []
-    samples, held_out_samples = (
-        make_sft_samples([] if is_grpo else part, tokenizer, config.sft, config.data)
-        for part in (rows, held_out_rows)
-    )
+    stream = open_stream(config, tokenizer) if config.data.streaming else None
+    prompts, held_out, samples, held_out_samples = _read_data(config, tokenizer, lessons)
     if config.algorithm == "sft":
         config = with_steps_of_epochs(config, len(samples.kept))
     rewards = load_rewards(config.rewards) if is_grpo else ()
@@ -138,12 +134,35 @@ def prepare(config: RunConfig) -> Prepared:
         prompts=tuple(prompts),
         held_out=tuple(held_out),
         samples=samples,
+        stream=stream,
         held_out_samples=held_out_samples,
         rewards=tuple(rewards),
         environment=environment,
         teacher=teacher,
         lessons=lessons,
     )
+
+
+def _read_data(
+    config: RunConfig, tokenizer: Any, lessons: Lessons | None
+) -> tuple[list[Prompt], list[Prompt], Samples, Samples]:
+    """Prompts and samples to train on, and held-out ones after each; without those that are streamed."""
+    rows: list[Row] = []
+    held_out: list[Row] = []
+    if config.data.streaming:
+        held_out = read_rows(config.data, "eval", config.seed)
+    elif lessons is None:
+        rows, held_out = read_splits(config.data, config.seed)
+    check_column([*rows, *held_out], config)
+    if config.algorithm == "grpo":
+        none = Samples(kept=(), truncated=0, dropped=0)
+        prompts, others = (make_prompts(part, tokenizer, config.data) for part in (rows, held_out))
+        return prompts, others, none, none
+    prompts = list(lessons.prompts) if lessons else []
+    samples, held_out_samples = (
+        make_sft_samples(part, tokenizer, config.sft, config.data) for part in (rows, held_out)
+    )
+    return prompts, [], samples, held_out_samples
 
 
 def _check_columns(
@@ -357,7 +376,9 @@ def _run_sft(
     console.line(f"trainers are up after {time.monotonic() - start:.1f}s")
     if prepared.samples.truncated or prepared.samples.dropped:
         console.line(f"data: {prepared.samples.describe()}")
-    samples = PromptStream(prepared.samples.kept, seed=config.seed, shuffle=config.data.shuffle)
+    samples: Stream[TrainSample] = prepared.stream or PromptStream(
+        prepared.samples.kept, seed=config.seed, shuffle=config.data.shuffle
+    )
     recorder.watch(trainers.tracks)
     keeper = StateKeeper(config, directory, trainers, recorder, {"samples": samples}, prepared.state, ending)
     with recorder, keeper:
@@ -366,4 +387,6 @@ def _run_sft(
             lambda: sft.train(config, trainers, samples, held_out, recorder, keeper),
             *(config, trainers, keeper, recorder),
         )
+    if prepared.stream is not None:
+        console.line(f"data: {prepared.stream.describe()}")
     trainers.save_last()

@@ -17,6 +17,7 @@ from algorithms.datasets import Row
 from bridge.families import read_hf_config
 from configs.errors import ConfigError
 from configs.schema import RunConfig
+from configs.web import bearer
 
 if TYPE_CHECKING:
     from actors.teacher_engines import TeacherEngines
@@ -33,9 +34,11 @@ class Teacher:
 def find_teacher(config: RunConfig, student: ModelSource) -> Teacher | None:
     """The model that teaches, unless there is none or it is behind a URL.
 
-    Raises ConfigError when it does not fit the student's layout or vLLM, or has not the student's tokenizer.
+    Raises ConfigError when it does not fit the student's layout or vLLM, or has not the student's tokenizer, and
+    when the key of servers is not there.
     """
     if not config.has_teacher or config.teacher_place == "server":
+        bearer(config.teacher.teacher_api_key_env, "teacher.teacher_api_key_env")
         return None
     source = find_model(config.model.teacher_model, config.model.mcore_teacher_model, "model.teacher_model")
     if config.teacher_place == "trainer":
@@ -161,8 +164,12 @@ def open_teacher(
     if not config.has_teacher or config.teacher_place == "trainer":
         yield Asked()
     elif teacher is None:
+        headers = bearer(settings.teacher_api_key_env, "teacher.teacher_api_key_env")
         timeout_s, retries = settings.teacher_timeout_s, settings.teacher_retries
-        yield Asked(teacher=TeacherServers(settings.servers, topk or 0, timeout_s=timeout_s, retries=retries))
+        servers = TeacherServers(
+            settings.servers, topk or 0, timeout_s=timeout_s, retries=retries, headers=headers
+        )
+        yield Asked(teacher=servers)
     else:
         path = str(teacher.source.directory)
         with closing(create_teacher_engines(config, path, reservation, event)) as engines:

@@ -31,14 +31,23 @@ class TeacherServers:
     Asks `/v1/completions` for `prompt_logprobs`, as vLLM's server takes it, with the prompt as token ids.
     """
 
-    def __init__(self, urls: Mapping[str, str], k: int, *, timeout_s: float, retries: int) -> None:
+    def __init__(
+        self,
+        urls: Mapping[str, str],
+        k: int,
+        *,
+        timeout_s: float,
+        retries: int,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         """Finds out what each server calls its model. `timeout_s` is for one request; of those that fail with
-        no answer, or one that says "later", each is made again up to `retries` times. Raises ConfigError for a
-        server that does not answer."""
+        no answer, or one that says "later", each is made again up to `retries` times. `headers` go with each.
+        Raises ConfigError for a server that does not answer."""
         self._urls = {name: url.rstrip("/").removesuffix("/v1") for name, url in urls.items()}
         self._k = k
         self._timeout_s = timeout_s
         self._retries = retries
+        self._headers = headers
         self._models = {name: asyncio.run(self._find_model(url)) for name, url in self._urls.items()}
 
     def top_tokens(self, samples: Sequence[TrainSample]) -> list[TopTokens]:
@@ -57,7 +66,7 @@ class TeacherServers:
 
     async def _find_model(self, url: str) -> str:
         try:
-            async with httpx.AsyncClient() as client:
+            async with httpx.AsyncClient(headers=self._headers) as client:
                 found = await self._request(client, "GET", f"{url}/v1/models", None)
             return str(found["data"][0]["id"])
         except (TeacherServerError, KeyError, IndexError, TypeError) as error:
@@ -68,7 +77,7 @@ class TeacherServers:
     async def _ask_all(self, samples: Sequence[TrainSample], k: int, read: _Read[T]) -> list[T]:
         room = asyncio.Semaphore(_CONNECTIONS)
         limits = httpx.Limits(max_connections=_CONNECTIONS)
-        async with httpx.AsyncClient(limits=limits) as client:
+        async with httpx.AsyncClient(limits=limits, headers=self._headers) as client:
 
             async def ask(sample: TrainSample) -> T:
                 async with room:

@@ -56,8 +56,13 @@ class Samples:
 
     def describe(self) -> str:
         """`16 samples`, and what happened to long rows."""
-        changes = [(self.truncated, "truncated"), (self.dropped, "dropped")]
-        return ", ".join([f"{len(self.kept)} samples", *(f"{n} {what}" for n, what in changes if n)])
+        return describe_counts(len(self.kept), self.truncated, self.dropped)
+
+
+def describe_counts(samples: int, truncated: int, dropped: int) -> str:
+    """`16 samples, 3 truncated, 2 dropped`, without what is zero."""
+    changes = [(truncated, "truncated"), (dropped, "dropped")]
+    return ", ".join([f"{samples} samples", *(f"{n} {what}" for n, what in changes if n)])
 
 
 def make_prompts(rows: Sequence[Row], tokenizer: Tokenizer, data: DataConfig) -> list[Prompt]:
@@ -92,32 +97,43 @@ def make_sft_samples(rows: Sequence[Row], tokenizer: Tokenizer, sft: SFTConfig, 
     one that is too long under `sft.truncation: error`, or one whose turns the chat template does not let tell
     apart; and where no row is left.
     """
-    kept: list[TrainSample] = []
-    truncated = 0
-    for row in rows:
-        tokens, mask = _encode(row, tokenizer, data)
-        if len(tokens) > sft.max_length:
-            if sft.truncation == "error":
-                raise ConfigError(
-                    f"{row.place}: the sample has {len(tokens)} tokens, sft.max_length allows {sft.max_length}; "
-                    "shorten or remove the row, raise the limit, or set sft.truncation to truncate or drop"
-                )
-            # The first token is not predicted, so that nothing is learned from a mask on it alone.
-            if sft.truncation == "drop" or not any(mask[1 : sft.max_length]):
-                continue
-            tokens, mask = tokens[: sft.max_length], mask[: sft.max_length]
-            truncated += 1
-        zeros = float_row(np.zeros(len(tokens)))
-        sample = TrainSample(
-            tokens=int_row(tokens), loss_mask=int_row(mask), advantages=zeros, logprobs=zeros, version=0
-        )
-        kept.append(sample)
+    made = [make_sft_sample(row, tokenizer, sft, data) for row in rows]
+    kept = tuple(sample for sample, _ in made if sample is not None)
     if rows and not kept:
-        raise ConfigError(
-            f"sft.max_length: with {sft.max_length} tokens sft.truncation {sft.truncation} leaves none of the "
-            f"{len(rows)} rows, the first of which is {rows[0].place}; raise the limit"
-        )
-    return Samples(kept=tuple(kept), truncated=truncated, dropped=len(rows) - len(kept))
+        raise nothing_left(sft, len(rows), rows[0].place)
+    truncated = sum(sample is not None and cut for sample, cut in made)
+    return Samples(kept=kept, truncated=truncated, dropped=len(rows) - len(kept))
+
+
+def make_sft_sample(
+    row: Row, tokenizer: Tokenizer, sft: SFTConfig, data: DataConfig
+) -> tuple[TrainSample | None, bool]:
+    """The sample of one row, None where it is left out, and whether it was too long. Raises ConfigError."""
+    tokens, mask = _encode(row, tokenizer, data)
+    too_long = len(tokens) > sft.max_length
+    if too_long:
+        if sft.truncation == "error":
+            raise ConfigError(
+                f"{row.place}: the sample has {len(tokens)} tokens, sft.max_length allows {sft.max_length}; "
+                "shorten or remove the row, raise the limit, or set sft.truncation to truncate or drop"
+            )
+        # The first token is not predicted, so that nothing is learned from a mask on it alone.
+        if sft.truncation == "drop" or not any(mask[1 : sft.max_length]):
+            return None, True
+        tokens, mask = tokens[: sft.max_length], mask[: sft.max_length]
+    zeros = float_row(np.zeros(len(tokens)))
+    sample = TrainSample(
+        tokens=int_row(tokens), loss_mask=int_row(mask), advantages=zeros, logprobs=zeros, version=0
+    )
+    return sample, too_long
+
+
+def nothing_left(sft: SFTConfig, count: int, first: str) -> ConfigError:
+    """What to say when every one of `count` rows is left out, the first of which is at the place `first`."""
+    return ConfigError(
+        f"sft.max_length: with {sft.max_length} tokens sft.truncation {sft.truncation} leaves none of the "
+        f"{count} rows, the first of which is {first}; raise the limit"
+    )
 
 
 def _encode_prompt(row: Row, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:

@@ -1,18 +1,17 @@
 """The rows of a run: of several datasets, a number of rows of each, some of them held out."""
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from algorithms.dataset_files import read_file
 from algorithms.generated import EVAL_SEED_DISTANCE, GENERATED, generate
-from algorithms.rows import Row, check_row, question_of
+from algorithms.rows import Row, check_row, content_of, question_of
 from configs.data import DataConfig
 from configs.errors import ConfigError
 
@@ -77,6 +76,32 @@ def read_splits(data: DataConfig, seed: int = 42) -> tuple[list[Row], list[Row]]
     return [row for kept, _ in pairs for row in kept], [row for _, held in pairs for row in held]
 
 
+def stream_rows(data: DataConfig, seed: int = 42) -> Iterator[Row]:
+    """Rows to train on, read as they are asked for: one of each dataset in turns, as long as it has any.
+
+    Numbers are those of read_rows. Raises ConfigError as it does, for a malformed row when it is that row's
+    turn, and for `NAME#n`.
+    """
+    sources = sources_of(data.dataset)
+    for source in sources:
+        if source.rows is not None:
+            raise ConfigError(
+                f"data.dataset: {source.text} draws among all rows of a dataset, which data.streaming does not "
+                f"read; give {source.name}"
+            )
+    turns = zip_longest(*(_read_some(source, data, seed) for source in sources))
+    return (row for turn in turns for row in turn if row is not None)
+
+
+def _read_some(source: Source, data: DataConfig, seed: int) -> Iterator[Row]:
+    rows = _read(source, "train", data, seed)
+    first = next(rows, None)
+    if first is None:
+        raise _empty(source)
+    yield first
+    yield from rows
+
+
 def _evaluation_rows(sources: Sequence[Source], data: DataConfig, seed: int) -> list[Row]:
     found = [
         _generate_held_out(source, data, seed)
@@ -92,8 +117,12 @@ def _evaluation_rows(sources: Sequence[Source], data: DataConfig, seed: int) -> 
 def _all_rows(source: Source, split: Split, data: DataConfig, seed: int) -> list[Row]:
     rows = list(_read(source, split, data, seed))
     if not rows:
-        raise ConfigError(f"{source.name}: there are no rows in it")
+        raise _empty(source)
     return rows
+
+
+def _empty(source: Source) -> ConfigError:
+    return ConfigError(f"{source.name}: there are no rows in it")
 
 
 def _read(source: Source, split: Split, data: DataConfig, seed: int) -> Iterator[Row]:
@@ -132,7 +161,7 @@ def _split(source: Source, data: DataConfig, seed: int) -> tuple[list[Row], list
     rows = _all_rows(source, "train", data, seed)
     same: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
-        same.setdefault(_content(row.columns), []).append(index)
+        same.setdefault(content_of(row), []).append(index)
     size = len(rows) if source.rows is None else source.rows
     wanted = max(1, round(min(size, len(rows)) * data.split_dataset_ratio))
     held: set[int] = set()
@@ -153,11 +182,6 @@ def _split(source: Source, data: DataConfig, seed: int) -> tuple[list[Row], list
 
 def _order(size: int, seed: tuple[int, ...]) -> list[int]:
     return np.random.default_rng(seed).permutation(size).tolist()
-
-
-def _content(columns: Mapping[str, Any]) -> str:
-    # Parquet has types that JSON does not.
-    return json.dumps(columns, sort_keys=True, default=str)
 
 
 def _generate_held_out(source: Source, data: DataConfig, seed: int) -> list[Row]:

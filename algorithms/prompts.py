@@ -1,13 +1,46 @@
 """An endless, resumable order over prompts or samples."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
+from algorithms.data import IntRow
 from configs.errors import BasculeError
 
-T = TypeVar("T")
+
+class HasTokens(Protocol):
+    """An item of a data set."""
+
+    @property
+    def tokens(self) -> IntRow:
+        """Its token ids."""
+        ...
+
+
+T = TypeVar("T", bound=HasTokens)
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Stream(Protocol[T_co]):
+    """An endless order of items that can be gone on with by another process."""
+
+    def take(self, n: int) -> Sequence[T_co]:
+        """The next `n` items."""
+        ...
+
+    def digest(self) -> str:
+        """Of the data, so that other data are noticed when a run goes on."""
+        ...
+
+    def state(self) -> dict[str, int]:
+        """`epoch` and `offset` of the next draw."""
+        ...
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on after the draw at which `state` was taken. Raises BasculeError."""
+        ...
 
 
 class PromptStream(Generic[T]):
@@ -22,6 +55,7 @@ class PromptStream(Generic[T]):
         self._prompts, self._seed, self._shuffle = prompts, seed, shuffle
         self._epoch, self._offset = 0, 0
         self._order = self._permutation(0)
+        self._digest: str | None = None
 
     @property
     def items(self) -> Sequence[T]:
@@ -39,6 +73,16 @@ class PromptStream(Generic[T]):
                 self._epoch, self._offset = self._epoch + 1, 0
                 self._order = self._permutation(self._epoch)
         return taken
+
+    def digest(self) -> str:
+        """Of the tokens of all items in their order."""
+        if self._digest is None:
+            digest = hashlib.sha256()
+            for item in self._prompts:
+                digest.update(len(item.tokens).to_bytes(8, "little"))
+                digest.update(item.tokens.tobytes())
+            self._digest = digest.hexdigest()
+        return self._digest
 
     def state(self) -> dict[str, int]:
         """`epoch` and `offset` (items drawn in it) of the next draw."""

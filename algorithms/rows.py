@@ -1,5 +1,6 @@
 """One row of a dataset: which columns it may have, and what they say as messages."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -86,6 +87,12 @@ def prompt_text(row: Row) -> str:
 def question_of(row: Row) -> str:
     """What the user says last."""
     return next(turn["content"] for turn in reversed(prompt_messages(row)) if turn["role"] != "assistant")
+
+
+def content_of(row: Row) -> str:
+    """All its columns as one text, the same for rows of the same content."""
+    # Parquet has types that JSON does not.
+    return json.dumps(row.columns, sort_keys=True, default=str)
 
 
 def _check_alpaca(row: Row) -> None:

@@ -8,7 +8,7 @@ from algorithms.clock import Clock
 from algorithms.data import TrainSample
 from algorithms.packing import pack
 from algorithms.progress import Forgetful, Keeper, Progress
-from algorithms.prompts import PromptStream
+from algorithms.prompts import Stream
 from algorithms.roles import Recorder, Trainer
 from configs.schema import RunConfig
 
@@ -16,7 +16,7 @@ from configs.schema import RunConfig
 def train(
     config: RunConfig,
     trainer: Trainer,
-    samples: PromptStream[TrainSample],
+    samples: Stream[TrainSample],
     held_out: Sequence[TrainSample],
     recorder: Recorder,
     keeper: Keeper | None = None,

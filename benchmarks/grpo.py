@@ -31,7 +31,9 @@ def words(options: argparse.Namespace, directory: str) -> list[str]:
     """What is set besides the file."""
     return [
         *("--model", options.model, "--torch_dtype", "float32", "--output_dir", f"{directory}/grpo"),
-        *("--max_steps", str(options.steps + 1), "--lr_warmup_iters", "0", "--eval_size", "1"),
+        *("--max_steps", str(options.steps + 1), "--lr_warmup_iters", "0"),
+        # Few enough questions that some are left to evaluate on.
+        *("--dataset_size", "60", "--eval_size", "4"),
         *("--prompts_per_step", str(options.prompts), "--num_generations", "4"),
         *("--filter_zero_variance", "false", "--num_cpus", "4", "--exist_ok", "true", "--resume_steps", "0"),
     ]

@@ -30,7 +30,7 @@ from bridge.megatron import (
 from bridge.merged import MergedParameters
 from bridge.model_bridge import BUCKET_BYTES, Loaded, Model, ModelBridge, chunks_of
 from bridge.parameters import ALONE, parameters_of
-from bridge.partial_directory import naming, partial_of, put_in_place
+from bridge.partial_directory import partial_of, put_in_place
 from bridge.plan import Piece, Plan, TensorInfo, build_plan
 from bridge.rules import RuleError
 from bridge.together import (
@@ -41,7 +41,7 @@ from bridge.together import (
     on_first_rank,
     raise_everywhere,
 )
-from configs.errors import ConfigError, WriteError
+from configs.errors import ConfigError, WriteError, naming
 
 _BASE_LAYER = ".base_layer.weight"
 

@@ -4,14 +4,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from bridge.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from bridge.checkpoint import INDEX
 from bridge.side_files import LATEST, METADATA, SOURCE_INDEX
-from configs.errors import ConfigError, WriteError
+from configs.errors import ConfigError, naming
 
 NOTES = ".bascule-"
 """Names that begin with this, directly in a partial directory, are notes about it and go when it is complete."""
@@ -81,16 +79,6 @@ def put_in_place(final: Path) -> None:
     check_replaceable(final)
     with naming(final):
         _replace(final, partial_of(final))
-
-
-@contextmanager
-def naming(path: Path, tensor: str | None = None) -> Iterator[None]:
-    """Turns errors of the operating system into WriteError that names the file and the tensor."""
-    try:
-        yield
-    except OSError as error:
-        what = f"{path}: {tensor}" if tensor else str(path)
-        raise WriteError(f"{what}: cannot be written: {error}") from error
 
 
 def _replace(final: Path, partial: Path) -> None:

@@ -23,7 +23,8 @@ from bridge.sync_protocol import (
     encode_header,
     encode_units,
 )
-from bridge.transport.base import Group, TransportError, naming
+from bridge.transport.base import Group, naming
+from bridge.transport.errors import TransportError
 from configs.errors import BasculeError
 
 _SLOTS = 2

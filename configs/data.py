@@ -26,6 +26,10 @@ class DataConfig(Section):
     """Put before a row that has no system message."""
     shuffle: bool = True
     """Draw prompts in a new random order in every epoch."""
+    streaming: bool = False
+    """Read rows and turn them into tokens (sft) as they are needed, not all before the first step."""
+    shuffle_buffer_size: int = Field(default=1000, ge=1)
+    """With streaming: rows among which the next one is drawn."""
     max_prompt_length: int | None = Field(default=None, ge=1)
     """Longer prompts, in tokens, are an error that names the row."""
     loss_on: Literal["all_assistant", "last_assistant"] = "all_assistant"
@@ -37,4 +41,8 @@ def check_data(data: DataConfig) -> None:
     if data.split_dataset_ratio and data.eval_dataset:
         raise ValueError(
             "data.split_dataset_ratio: is not used with data.eval_dataset; leave one of them out"
+        )
+    if data.streaming and data.split_dataset_ratio:
+        raise ValueError(
+            "data.split_dataset_ratio: needs all rows, which data.streaming does not read; give data.eval_dataset"
         )

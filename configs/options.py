@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from configs.errors import ConfigError
 from configs.schema import RunConfig
+from configs.web import without_passwords
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,5 +191,5 @@ def _describe(option: Option) -> str:
 
 
 def show(value: Any) -> str:
-    text = repr(value)
+    text = without_passwords(repr(value))
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, JsonValue, model_validator
 
 from configs.section import Section
+from configs.web import Url, VariableName
 
 OnError = Literal["fail", "none", "zero", "drop_sample", "drop_group"]
 
@@ -14,8 +15,10 @@ class RewardConfig(Section):
 
     function: str | None = Field(default=None, min_length=1)
     """`file.py:name`, `package.module:name`, or the name of a built-in."""
-    url: str | None = Field(default=None, pattern=r"^https?://")
+    url: Url | None = None
     """A server that is sent JSON for each prompt's completions and answers with their rewards."""
+    api_key_env: VariableName | None = None
+    """Environment variable of the reward workers with the key that the server wants (`Authorization: Bearer`)."""
     model: str | None = Field(default=None, min_length=1)
     """Directory of a sequence-classification model with one output, scored by transformers on CPU."""
     name: str | None = Field(default=None, pattern=r"^[\w.\-]+$")
@@ -46,6 +49,8 @@ class RewardConfig(Section):
             raise ValueError(f"a reward has one of function, url and model; this one has {found}")
         if self.kwargs and self.function is None:
             raise ValueError(f"kwargs: are arguments of a function; a {given[0]} takes none")
+        if self.api_key_env is not None and self.url is None:
+            raise ValueError(f"api_key_env: is of a url; a {given[0]} has none")
         return self
 
     def spelled_as(self, kind: str) -> str | None:

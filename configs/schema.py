@@ -316,6 +316,10 @@ class RunConfig(Section):
         if trainer.lr_warmup_fraction is not None and trainer.lr_warmup_iters:
             raise ValueError("trainer.lr_warmup_fraction: give it or trainer.lr_warmup_iters, not both")
         if self.algorithm == "sft" and self.sft.num_train_epochs is not None:
+            if self.data.streaming:
+                raise ValueError(
+                    "sft.num_train_epochs: how many steps these are is unknown with data.streaming; give max_steps"
+                )
             # Not whether it was typed, so that a dump loads back.
             if self.max_steps != RunConfig.model_fields["max_steps"].default:
                 raise ValueError(

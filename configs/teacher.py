@@ -7,6 +7,7 @@ from pydantic import Field
 
 from configs.engines import EngineConfig
 from configs.section import Section
+from configs.web import Url, VariableName
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -21,11 +22,13 @@ class TeacherConfig(Section):
     offload_teacher: bool = False
     """Keep the weights of a teacher in the trainer ranks in host memory but for its own forward pass. Untested on
     a GPU."""
-    teacher_model_server: str | None = Field(default=None, min_length=1)
+    teacher_model_server: Url | None = None
     """URL of an OpenAI-compatible server with the teacher, in place of model.teacher_model. It has to answer
     with `prompt_logprobs`, as vLLM's does."""
-    teacher_model_servers: dict[str, str] = Field(default={})
+    teacher_model_servers: dict[str, Url] = Field(default={})
     """Several teachers: a URL for each value of teacher_column."""
+    teacher_api_key_env: VariableName | None = None
+    """Environment variable of the driver with the key that servers want (`Authorization: Bearer`)."""
     teacher_column: str | None = Field(default=None, min_length=1)
     """Dataset column that says which of teacher_model_servers is asked about a row."""
     teacher_timeout_s: float = Field(default=240.0, gt=0)
@@ -57,6 +60,7 @@ def _unused(config: "RunConfig") -> Iterator[str]:
         "model.mcore_teacher_model": model.mcore_teacher_model is not None,
         "teacher.teacher_model_server": teacher.teacher_model_server is not None,
         "teacher.teacher_model_servers": bool(teacher.teacher_model_servers),
+        "teacher.teacher_api_key_env": teacher.teacher_api_key_env is not None,
         "teacher.teacher_backend": teacher.teacher_backend != "trainer",
     }
     for name in (name for name, is_given in given.items() if is_given):
@@ -82,6 +86,8 @@ def _wrong(config: "RunConfig") -> Iterator[str]:
             f"grpo.temperature: a teacher's {config.teacher_place} tells log-probabilities of temperature 1, "
             f"not {config.grpo.temperature:g}; set it to 1, or teacher.teacher_backend to trainer"
         )
+    if teacher.teacher_api_key_env is not None and not teacher.servers:
+        yield "teacher.teacher_api_key_env: is for teachers behind a URL; leave it out"
     if teacher.teacher_backend == "engine" and teacher.servers:
         yield "teacher.teacher_backend: a teacher behind a URL is in no engine of this run; leave one of them out"
     if teacher.teacher_backend == "engine" and model.mcore_teacher_model is not None:

@@ -16,6 +16,7 @@ def check_algorithms_own(config: "RunConfig") -> None:
         ("grpo", "tuner.ref_adapters", config.tuner.ref_adapters),
         ("grpo", "environment.function", config.environment.function),
         ("sft", "sft.num_train_epochs", config.sft.num_train_epochs),
+        ("sft", "data.streaming", config.data.streaming or None),
     )
     for algorithm, name, value in given:
         if value is not None and config.algorithm != algorithm:

@@ -154,7 +154,7 @@ def load_code(source: RewardSource) -> tuple[object, str | None, str | None]:
     """The function or class, its file and the file's hash. Raises ConfigError."""
     config = source.config
     if config.url is not None:
-        return RewardServer(config.url), None, None
+        return RewardServer(config.url, config.api_key_env), None, None
     if config.model is not None:
         return RewardModel(config.model), None, None
     if source.text is not None:

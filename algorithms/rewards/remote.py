@@ -3,6 +3,7 @@
 from typing import Any
 
 from algorithms.data import Group, jsonable
+from configs.web import bearer
 
 
 class RewardServer:
@@ -10,15 +11,17 @@ class RewardServer:
 
     Request: `{"prompt", "messages", "completions", "token_ids", "finish_reasons", "columns"}`, see `request_of`.
     Answer: `{"rewards": [...]}`, one number, null, or object with `score` for each completion; or the list alone.
-    An answer that is no 2xx, or no JSON, is an error of the call. One connection pool for all requests.
+    An answer that is no 2xx, or no JSON, is an error of the call. One connection pool for all requests. The
+    environment variable `api_key_env` of the process that asks holds the key, where the server wants one.
     """
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self, url: str, api_key_env: str | None = None) -> None:
+        self._url, self._api_key_env = url, api_key_env
         self._client: Any = None
 
     async def __call__(self, group: Group) -> Any:
-        """Rewards by completion. Raises httpx's errors, ValueError for an answer of another form."""
+        """Rewards by completion. Raises httpx's errors, ConfigError for a key that is not there, ValueError for an
+        answer of another form."""
         response = await self._connected().post(self._url, json=request_of(group))
         response.raise_for_status()
         answer = response.json()
@@ -34,7 +37,8 @@ class RewardServer:
             import httpx
 
             # The deadline of the call is the caller's.
-            self._client = httpx.AsyncClient(timeout=None, trust_env=False)
+            headers = bearer(self._api_key_env, "rewards: api_key_env")
+            self._client = httpx.AsyncClient(timeout=None, trust_env=False, headers=headers)
         return self._client
 
 

@@ -7,11 +7,7 @@ from typing import Protocol
 import torch
 
 from bridge.assembler import ContentError
-from configs.errors import BasculeError
-
-
-class TransportError(BasculeError):
-    """Bytes could not be moved. Names what was done, the peer, the size and the seconds."""
+from bridge.transport.errors import TransportError
 
 
 class Group(Protocol):

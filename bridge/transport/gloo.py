@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from bridge.transport.base import TransportError
+from bridge.transport.errors import TransportError
 
 
 class GlooGroup:

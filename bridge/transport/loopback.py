@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from bridge.transport.base import Group, TransportError
+from bridge.transport.base import Group
+from bridge.transport.errors import TransportError
 
 _POLL_S = 0.05
 

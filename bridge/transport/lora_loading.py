@@ -18,7 +18,7 @@ from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.layers.linear import QKVParallelLinear
 
 from bridge.adapter_config import AdapterConfig
-from bridge.transport.base import TransportError
+from bridge.transport.errors import TransportError
 from bridge.transport.registry import IGNORED_ADAPTERS
 
 # One adapter for the whole life of an engine; a new version takes the place of the last.

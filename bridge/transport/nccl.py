@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch.distributed import DistNetworkError, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from bridge.transport.base import TransportError
+from bridge.transport.errors import TransportError
 from bridge.transport.nccl_device import Device, load_nccl, nccl_type
 
 _POLL_S = 0.0005

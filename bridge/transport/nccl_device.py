@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from bridge.transport.base import TransportError
+from bridge.transport.errors import TransportError
 
 # ncclDataType_t in nccl.h.
 _UINT8 = 1

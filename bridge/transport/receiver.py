@@ -23,7 +23,8 @@ from bridge.assembler import Assembler
 from bridge.progress import ProgressNote, Stage
 from bridge.sync_plan import SyncPlan, from_wire, unit_of
 from bridge.sync_protocol import WorkerReport, decode_header, empty_header, encode_report
-from bridge.transport.base import Group, TransportError, naming
+from bridge.transport.base import Group, naming
+from bridge.transport.errors import TransportError
 from bridge.transport.lora_loading import build_adapter, manager_of
 from bridge.transport.vllm_fixes import (
     LoadCounts,

@@ -22,7 +22,7 @@ from bridge.layouts import region_of
 from bridge.plan import Piece, Plan, TensorInfo
 from bridge.sync_plan import cut_plan, to_wire
 from bridge.sync_protocol import SyncOrder, WorkerReport, decode_report, empty_report, encode_header
-from bridge.transport.base import TransportError
+from bridge.transport.errors import TransportError
 from bridge.transport.gloo import free_port
 from configs.errors import BasculeError
 from configs.schema import RunConfig

@@ -25,6 +25,9 @@ PROGRAM = (
     "from actors.cli import main; sys.exit(main())"
 )
 _MARK = "BASCULE_TEST_RUN"
+# In the environment of every run of a test; nothing that a run writes may hold it.
+CANARY = "canary-5c7c0f2e"
+_SECRETS = dict.fromkeys(("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "JUDGE_KEY"), CANARY)
 
 
 def make_workspace(folder: Path, family: str = "qwen3") -> Path:
@@ -128,6 +131,7 @@ class Running:
     def finish(self, timeout: float = 300) -> Finished:
         """Wait for the end; then give its daemons a moment and list those that stay."""
         out, err = self.process.communicate(timeout=timeout)
+        assert CANARY not in out + err
         left = _marked(self.mark)
         # Ray's workers are nice processes, which a busy machine lets wait even for their end.
         for _ in range(300):
@@ -145,7 +149,7 @@ def start(*arguments: str, program: Sequence[str] = ("-c", PROGRAM)) -> Running:
     process = subprocess.Popen(
         [sys.executable, *program, *arguments],
         cwd=ROOT,
-        env=environment | {_MARK: mark},
+        env=environment | _SECRETS | {_MARK: mark},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -161,6 +165,12 @@ def run(*arguments: str) -> Finished:
 def rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def with_secrets(directory: Path) -> list[Path]:
+    """Files anywhere below that hold what only the environment of a run should."""
+    files = (path for path in directory.rglob("*") if path.is_file() and not path.is_symlink())
+    return [path for path in files if CANARY.encode() in path.read_bytes()]
 
 
 def evaluated(directory: Path, step: int) -> list[dict[str, Any]]:

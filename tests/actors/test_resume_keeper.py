@@ -18,8 +18,7 @@ from actors.resume_state import read_state, states
 from algorithms.data import Prompt, int_row
 from algorithms.progress import Begun, Progress
 from algorithms.prompts import PromptStream
-from bridge.partial_directory import naming
-from configs.errors import WriteError
+from configs.errors import WriteError, naming
 from configs.schema import RunConfig
 
 

@@ -17,7 +17,6 @@ from actors.resume_state import (
     config_sha256,
     find_state,
     forget,
-    items_sha256,
     read_state,
     states,
     truncate_files,
@@ -25,6 +24,7 @@ from actors.resume_state import (
 )
 from algorithms.data import Prompt, int_row
 from algorithms.progress import Progress
+from algorithms.prompts import PromptStream
 from configs.checkpoint import CheckpointConfig
 from configs.errors import BasculeError, ConfigError
 from configs.schema import RunConfig
@@ -138,7 +138,8 @@ def test_changes_that_a_state_does_not_survive_are_refused_by_name() -> None:
 
 def test_a_digest_tells_rows_from_other_rows() -> None:
     def items(*rows: list[int]) -> str:
-        return items_sha256([Prompt(id="", tokens=int_row(row), messages=(), columns={}) for row in rows])
+        prompts = [Prompt(id="", tokens=int_row(row), messages=(), columns={}) for row in rows]
+        return PromptStream(prompts, seed=0, shuffle=False).digest()
 
     assert items([1, 2], [3]) == items([1, 2], [3])
     assert len({items([1, 2], [3]), items([1], [2, 3]), items([3], [1, 2])}) == 3

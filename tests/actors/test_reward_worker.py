@@ -3,6 +3,8 @@
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -231,3 +233,9 @@ def test_a_worker_that_never_answers_does_not_hold_the_driver(monkeypatch: pytes
         list(RewardGroup([worker], sources, (), RewardWorkersConfig()).score([group("p", "a")]))
     with pytest.raises(RayActorError):
         ray.get(worker.score.remote(group("p", "a")), timeout=30)
+
+
+def test_a_worker_starts_without_torch() -> None:
+    """It would take two seconds of every worker, and 200 MB."""
+    check = "import sys, actors.reward_worker, actors.environment_worker; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

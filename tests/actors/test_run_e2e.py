@@ -23,6 +23,7 @@ from tests.actors.run_helpers import (
     make_workspace,
     rows,
     start,
+    with_secrets,
 )
 from tests.actors.trace_helpers import read_trace
 
@@ -184,6 +185,14 @@ def test_events_say_what_was_saved(finished: Finished, workspace: Path) -> None:
         ("checkpoint", 3),
     ]
     assert events[-1]["path"] == "checkpoint"
+
+
+def test_secrets_of_the_environment_are_in_nothing_that_the_run_wrote(
+    finished: Finished, workspace: Path
+) -> None:
+    assert finished.code == 0
+    assert len(list((workspace / "out").rglob("*"))) > 20
+    assert with_secrets(workspace) == []
 
 
 def test_weights_did_change(finished: Finished, workspace: Path) -> None:

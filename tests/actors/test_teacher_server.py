@@ -15,6 +15,7 @@ from algorithms.data import TrainSample, float_row, int_row
 from algorithms.packing import pack, with_top_tokens
 from configs.errors import ConfigError
 from configs.schema import TrainerConfig
+from configs.web import bearer
 from tests.actors.engine_helpers import make_model
 
 K = 4
@@ -27,15 +28,18 @@ class Server:
         self.model = model
         self.failures: list[int] = []
         self.asked: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                owner.keys.add(self.headers["Authorization"])
                 self.reply(200, {"data": [{"id": "teacher"}]})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 owner.asked.append(body)
+                owner.keys.add(self.headers["Authorization"])
                 if owner.failures:
                     self.reply(owner.failures.pop(), {"error": "max_logprobs is 20"})
                     return
@@ -113,6 +117,20 @@ def test_tokens_that_are_there_have_their_own_log_probability(server: Server) ->
         want = logprobs_of(server.model, tokens)[range(len(tokens) - 1), tokens[1:]]
         np.testing.assert_allclose(row, [0.0, *want], rtol=1e-5)
     assert [body["prompt_logprobs"] for body in server.asked] == [0] * len(SAMPLES)
+
+
+def test_a_key_goes_with_every_request_and_none_where_there_is_none(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(server).token_logprobs(SAMPLES)
+    assert server.keys == {None}
+    server.keys.clear()
+    monkeypatch.setenv("THE_KEY", "sk-1")
+    ask(server, headers=bearer("THE_KEY", "here")).token_logprobs(SAMPLES)
+    assert server.keys == {"Bearer sk-1"}
+    monkeypatch.delenv("THE_KEY")
+    with pytest.raises(ConfigError, match="here: the environment variable THE_KEY is not set"):
+        bearer("THE_KEY", "here")
 
 
 def test_each_sample_is_asked_of_its_teacher(server: Server) -> None:

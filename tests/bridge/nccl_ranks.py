@@ -16,7 +16,7 @@ from bridge.assembler import Assembler
 from bridge.plan import Piece, Plan, TensorInfo, build_plan
 from bridge.sender import Sender
 from bridge.sync_plan import cut_plan
-from bridge.transport.base import TransportError
+from bridge.transport.errors import TransportError
 from bridge.transport.gloo import free_port
 from bridge.transport.nccl import NcclGroup, connect
 from tests.bridge.nccl_fake import HOST, FakeNccl, HostDevice

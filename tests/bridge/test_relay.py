@@ -14,7 +14,7 @@ from bridge.layouts import slices
 from bridge.relay import NoCopyError
 from bridge.sync_plan import unit_of
 from bridge.sync_protocol import SyncOrder, WorkerReport, empty_header, encode_report
-from bridge.transport.base import TransportError
+from bridge.transport.errors import TransportError
 from bridge.transport.loopback import loopback
 from tests.bridge.relay_rig import ENGINES, Rig, Worker
 

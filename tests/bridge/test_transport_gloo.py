@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bridge.transport.base import TransportError
+from bridge.transport.errors import TransportError
 from bridge.transport.gloo import GlooGroup, connect, free_port
 
 HOST = "127.0.0.1"

@@ -19,7 +19,7 @@ import torch
 
 from bridge.relay import Relay
 from bridge.sync_plan import cut_plan
-from bridge.transport.base import TransportError
+from bridge.transport.errors import TransportError
 from bridge.transport.gloo import free_port
 from bridge.transport.nccl import connect
 from bridge.transport.nccl_device import load_nccl, nccl_type

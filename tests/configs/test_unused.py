@@ -32,6 +32,7 @@ def config(algorithm: str, model: dict[str, Any] | None = None, **sections: Any)
         ),
         (["gkd", "sft"], {"environment": {"function": "f.py:g"}}, "environment.function", "grpo"),
         (["grpo", "gkd"], {"sft": {"num_train_epochs": 2}}, "sft.num_train_epochs", "sft"),
+        (["grpo", "gkd"], {"data": {"dataset": "d", "streaming": True}}, "data.streaming", "sft"),
     ],
 )
 def test_what_only_another_algorithm_would_use_is_refused(

@@ -185,11 +185,12 @@ def test_a_child_in_a_call_dies_with_its_killed_parent() -> None:
 
 
 class _Server(BaseHTTPRequestHandler):
-    """Rewards a completion with its length, fails for a prompt of no."""
+    """Rewards a completion with its length, fails for a prompt of no, and for who has not the key."""
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.send_response(500 if asked["prompt"] == "no" else 200)
+        allowed = self.headers["Authorization"] == "Bearer sk-2"
+        self.send_response(401 if not allowed else 500 if asked["prompt"] == "no" else 200)
         self.end_headers()
         rewards = [{"score": len(text), "about": asked["columns"]["answer"]} for text in asked["completions"]]
         self.wfile.write(json.dumps({"rewards": rewards}).encode())
@@ -198,10 +199,20 @@ class _Server(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_server_is_asked() -> None:
+def test_a_server_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE", "sk-2")
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    config = RewardConfig(url=f"http://127.0.0.1:{server.server_address[1]}/score")
+    url = f"http://127.0.0.1:{server.server_address[1]}/score"
+    config = RewardConfig(url=url, api_key_env="JUDGE")
+    for other, problem in (
+        (None, "401 Unauthorized"),
+        ("NO_KEY", "NO_KEY is not set where the key is needed"),
+    ):
+        strange = read_sources([RewardConfig(url=url, api_key_env=other)])
+        with closing(RewardRunner(strange, start_timeout_s=60)) as made:
+            made.start()
+            assert problem in str(made.judge(group("a", prompt="?", answer="5"))["url"][0].error)
     with closing(RewardRunner(read_sources([config]), start_timeout_s=60)) as made:
         made.start()
         good = made.judge(group("a", "bcd", prompt="?", answer="5"))["url"]
