@@ -53,7 +53,7 @@ def check_trackers(record: RecordConfig) -> None:
 def _check_wandb() -> None:
     import wandb
 
-    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
         raise ConfigError(
             "record.report_to: wandb has no key for its server; set WANDB_API_KEY, or WANDB_MODE=offline, which "
             "writes into the run directory what `wandb sync` can send later"
