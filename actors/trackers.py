@@ -39,7 +39,7 @@ def sinks_of(config: RunConfig, directory: Path) -> list[Sink]:
 
 
 def check_trackers(record: RecordConfig) -> None:
-    """Raises ConfigError for one that is asked for and cannot be. Reaches no network."""
+    """Raises ConfigError for one that is asked for and cannot be. Only W&B, unless offline, asks its server."""
     for each in record.report_to:
         if importlib.util.find_spec(_PACKAGES[each]) is None:
             raise ConfigError(
@@ -53,7 +53,13 @@ def check_trackers(record: RecordConfig) -> None:
 def _check_wandb() -> None:
     import wandb
 
-    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
+    if wandb.setup().settings.mode != "online":
+        return
+    try:
+        has_key = wandb.login(prompt=False)
+    except Exception as error:
+        raise ConfigError(f"record.report_to: wandb takes no runs: {error}") from error
+    if not has_key:
         raise ConfigError(
             "record.report_to: wandb has no key for its server; set WANDB_API_KEY, or WANDB_MODE=offline, which "
             "writes into the run directory what `wandb sync` can send later"
