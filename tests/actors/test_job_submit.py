@@ -252,7 +252,7 @@ def check_metrics(
 
 
 def check_trace(output: Path) -> None:
-    """Every process is there, and with a lag of one engines have begun a step before the last one is trained on."""
+    """Every process is there, and with a lag of one engines begin a step before the last one is trained on."""
     trace = read_trace(output / "trace.json")
     ranks, workers = ("trainer rank 0", "trainer rank 1"), ("reward worker 0", "reward worker 1")
     assert set(trace) == {"driver", *ranks, "engine 0", *workers}
