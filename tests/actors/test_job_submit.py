@@ -284,7 +284,7 @@ def test_submit_exits_as_the_run_does(head: Head, clone: Path, tmp_path: Path) -
 
 def test_ctrl_c_stops_the_job_and_the_same_command_goes_on(head: Head, clone: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    words = ["--output_dir", str(output), "--max_steps"]
+    words = ["--output_dir", str(output), "--lr_warmup_iters", "0", "--max_steps"]
     job = start_submit(clone, head, *words, "100000")
     assert job.stdout is not None
     seen = ""
