@@ -122,7 +122,9 @@ def test_the_trace_has_what_every_process_did(finished: Finished, workspace: Pat
     assert finished.code == 0
     trace = read_trace(workspace / "out" / "trace.json")
     ranks = [f"trainer rank {rank}" for rank in range(4)]
-    assert set(trace) == {"driver", "bridge", "engine 0", "reward worker 0", *ranks}
+    workers = {"reward worker 0", "reward worker 1"}
+    assert set(trace) - workers == {"driver", "bridge", "engine 0", *ranks}
+    assert set(trace) & workers
     driver = {name: [span for span in trace["driver"] if span.name == name] for name in _PHASES}
     # Steps and what they consist of, one after the other; evaluations and saves are beside them.
     assert [len(driver[name]) for name in _PHASES] == [1, 1, 1, 3, 3, 2]
