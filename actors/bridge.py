@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from actors import deadline
@@ -97,9 +97,13 @@ class WeightBridge:
                 self._recover(error, members)
                 continue
             self._version, self._sent = version, True
-            metrics["sync/seconds"] = time.monotonic() - start
+            metrics |= {"sync/version": float(version), "sync/seconds": time.monotonic() - start}
             every = self._settings.check_logprobs_every
             return metrics | (self._compare() if every and version % every == 0 else {})
+
+    def tracks(self) -> dict[str, Callable[[], Any]]:
+        """How to ask the bridge for its spans (actors.trace)."""
+        return self._home.tracks()
 
     def trainers_restarted(self) -> None:
         """All ranks are other processes: the next sync connects them anew, and sends everything.

@@ -35,6 +35,10 @@ class BridgeHome(Protocol):
         """Let trainers send and the bridge pass on; the first ref holds what the bridge says."""
         ...
 
+    def tracks(self) -> dict[str, Callable[[], Any]]:
+        """How to ask the bridge for its spans (actors.trace); none where they are a trainer rank's."""
+        ...
+
     def call(self, method: str) -> Any:
         """Result of a method of the bridge that moves nothing between trainers and bridge."""
         ...
@@ -111,6 +115,10 @@ class DedicatedBridge(_Home):
         """How to ask the bridge how far it is."""
         return {"bridge": self._actor.progress.options(concurrency_group="watch").remote}
 
+    def tracks(self) -> dict[str, Callable[[], Any]]:
+        """How to ask the bridge for its spans."""
+        return {"bridge": self._actor.take_spans.options(concurrency_group="watch").remote}
+
     def call(self, method: str) -> Any:
         """Result of a method of the bridge."""
         return self._get(getattr(self._actor, method).remote(), f"bridge: {method}")
@@ -160,6 +168,10 @@ class HostedBridge(_Home):
 
     def questions(self) -> Mapping[str, Callable[[], Any]]:
         """A trainer rank does one thing at a time: engines tell what they wait for."""
+        return {}
+
+    def tracks(self) -> dict[str, Callable[[], Any]]:
+        """They are those of trainer rank 0."""
         return {}
 
     def call(self, method: str) -> Any:

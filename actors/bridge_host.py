@@ -8,6 +8,7 @@ from typing import Literal
 import ray
 import torch
 
+from actors.spans import SpanLog, Taken, traced
 from bridge.progress import BridgeProgress
 from bridge.relay import ManifestEntry, Relay
 from bridge.sync_plan import SyncPlan
@@ -51,9 +52,10 @@ class Meeting:
 class BridgeHost:
     """Relays weights between the trainers' group and the engines', as rank 0 of both."""
 
-    def __init__(self, plan: SyncPlan, keep: bool) -> None:
-        """`keep` holds the last complete version in memory."""
-        self._relay = Relay(plan, keep=keep, pinned=torch.cuda.is_available())
+    def __init__(self, plan: SyncPlan, keep: bool, spans: SpanLog | None = None) -> None:
+        """`keep` holds the last complete version in memory. `spans` are those of the process, if it has some."""
+        self.spans = spans or SpanLog()
+        self._relay = Relay(plan, keep=keep, pinned=torch.cuda.is_available(), around=self.spans)
         self._trainers: Group
         self._engines: Group
         self._ranks: tuple[int, ...]
@@ -83,6 +85,10 @@ class BridgeHost:
                 joining.result()
         self._awaited, self._is_joining = self._trainers, False
 
+    def take_spans(self) -> Taken:
+        """What it has done since the last call."""
+        return self.spans.take()
+
     def process_id(self) -> int:
         """The process in which it runs."""
         return os.getpid()
@@ -95,6 +101,7 @@ class BridgeHost:
             received=self._relay.received,
         )
 
+    @traced("forward", version=lambda order: order.version)
     def forward(self, order: SyncOrder) -> dict[str, float]:
         """Move one version from trainers to engines; see Relay.forward. After an error both groups are closed."""
         try:
@@ -103,6 +110,7 @@ class BridgeHost:
             self.close()
             raise
 
+    @traced("replay")
     def replay(self) -> int:
         """Send the kept version to the engines of the last `connect`; returns it."""
         return self._relay.replay(self._engines, self._workers)

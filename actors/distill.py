@@ -117,6 +117,7 @@ def run_gkd(
             reconnect: Callable[[], None] = lambda: None,
         ) -> None:
             asked.ready(config.cluster.start_timeout_s)
+            recorder.watch(asked.tracks)
             console.line(f"the actors are up after {time.monotonic() - start:.1f}s")
             roles = gkd.Roles(
                 trainer=trainers,
@@ -158,11 +159,13 @@ def _start(
             *(config, sources, device, reservation, directory, console), probe=probe, event=recorder.event
         ) as actors:
             student = gkd.Student(sampler=actors.engines, weights=actors.weights)
+            recorder.watch(actors.tracks, numbers=actors.engines.load)
             train(actors.trainers, student, actors.reconnect)
         actors.trainers.save_last()
     else:
         trainers = TrainerGroup(config, reservation, device, sources, directory, recorder.event)
         warn(trainers.warnings, console)
+        recorder.watch(trainers.tracks)
         train(trainers, None)
         trainers.save_last()
 

@@ -15,6 +15,7 @@ from actors.engine_completion import joined, piece_params
 from actors.engine_episode import Player, episode
 from actors.engine_scoring import rows_of, scoring_params, top_tokens
 from actors.engine_watch import LOOK_S, EngineWatch
+from actors.spans import SpanLog, Taken, traced
 from algorithms.data import FloatRow, Group, IntRow, Prompt, Rollout, SamplingSettings, TopTokens
 from algorithms.environments.calling import EnvironmentFailedError
 from bridge.progress import EngineProgress
@@ -81,6 +82,7 @@ class Engine:
         self, name: str, config: RunConfig, arguments: Mapping[str, Any], heartbeat_timeout_s: float
     ) -> None:
         """It is lost when its core is silent for `heartbeat_timeout_s`."""
+        self.spans = SpanLog()
         self._name = name
         self._config = config
         self._arguments = dict(arguments)
@@ -133,6 +135,11 @@ class Engine:
         """How far the engine is in a weight sync. Answers while weights are received."""
         return self._watch.progress()
 
+    async def take_spans(self) -> Taken:
+        """What it has done since the last call."""
+        return self.spans.take()
+
+    @traced("generate", prompt=lambda prompt, *_: prompt.id)
     async def generate(
         self, prompt: Prompt, sampling: SamplingSettings, listener: Any = None, environment: Any = None
     ) -> Group:
@@ -167,6 +174,7 @@ class Engine:
             del self._in_flight[request.name]
         return Group(prompt=prompt, rollouts=tuple(task.result() for task in tasks))
 
+    @traced("score tokens")
     async def score(self, tokens: Sequence[int]) -> list[float]:
         """Log-probability of each token but the first given those before it, by the model at temperature 1.
 
@@ -175,6 +183,7 @@ class Engine:
         _, logprobs = await self._scored(tokens, 0)
         return logprobs[:, 0].tolist()
 
+    @traced("top tokens")
     async def top_tokens(self, tokens: Sequence[int], k: int) -> TopTokens:
         """The model's k likeliest tokens in place of each token, at temperature 1, the likeliest first.
 
@@ -227,6 +236,7 @@ class Engine:
         except Exception as error:
             raise EngineError(f"{self._name}: weights cannot be received: {error}") from error
 
+    @traced("pause")
     async def pause(self, mode: PauseMode = "keep") -> int:
         """Stop between two tokens; returns how many completions are in flight.
 
@@ -242,6 +252,7 @@ class Engine:
             raise self._failure("pause", error) from error
         return sum(request.unfinished for request in self._in_flight.values())
 
+    @traced("receive weights", version=lambda version: version)
     async def receive(self, version: int) -> float:
         """Take one full set of weights from the sender; returns the seconds it took.
 

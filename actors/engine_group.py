@@ -63,7 +63,7 @@ class EngineGroup:
 
     def generate(self, requests: Iterable[tuple[Prompt, SamplingSettings]]) -> Iterator[Group]:
         """Groups in the order they finish; otherwise as `perform`."""
-        answers = self.perform(self._completion(*request) for request in requests)
+        answers = self.perform([self._completion(*request) for request in requests])
         return (group for _, group in answers)
 
     def perform(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Any]]:
@@ -131,6 +131,18 @@ class EngineGroup:
             if ray.is_initialized():
                 ray.cancel(ref, recursive=False)
         work.running.clear()
+
+    def load(self) -> dict[str, float]:
+        """How many sample, on how many prompts they work, and how many wait for room, as `engines/...`."""
+        return {
+            "engines/up": float(len(self.members)),
+            "engines/running": float(sum(len(work.running) for work in self._work)),
+            "engines/waiting": float(sum(work.num_waiting for work in self._work)),
+        }
+
+    def tracks(self) -> dict[str, Callable[[], Any]]:
+        """How to ask each engine for its spans (actors.trace)."""
+        return {member.name: member.actor.take_spans.remote for member in self.members}
 
     def welcome_with(self, give_weights: Callable[[Member], None]) -> None:
         """Call this for an engine that was started again; it has to give it weights and admit it to the pool."""

@@ -3,6 +3,7 @@
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import length_hint
 from typing import Any
 
 from actors.engine_pool import Member
@@ -46,10 +47,17 @@ class Work:
 
     def __init__(self, jobs: Iterable[Job]) -> None:
         self.waiting = Jobs(jobs)
+        self._total = length_hint(jobs)
         self.running: dict[Any, Running] = {}
         self.done: deque[tuple[Job, Any]] = deque()
         self.suspects: deque[Job] = deque()
         """Those that were with an engine that was lost."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs that no engine has had room for. Where a caller does not tell how many there are, only the next."""
+        drawn_since = max(self._total - self.waiting.drawn, 0)
+        return drawn_since + bool(self.waiting) + len(self.suspects)
 
     @property
     def is_over(self) -> bool:
@@ -100,6 +108,8 @@ class Jobs:
     def __init__(self, jobs: Iterable[Job]) -> None:
         self._source = iter(jobs)
         self._next: deque[Job] = deque()
+        self.drawn = 0
+        """How many have come, the next one included."""
         self._draw()
 
     def __bool__(self) -> bool:
@@ -121,3 +131,4 @@ class Jobs:
         following = next(self._source, None)
         if following is not None:
             self._next.append(following)
+            self.drawn += 1

@@ -1,9 +1,10 @@
 """Trainers, engines and the bridge between them, started together."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from actors.bridge import WeightBridge
 from actors.console import Console
@@ -24,6 +25,10 @@ class Launched:
     trainers: TrainerGroup
     engines: EngineGroup
     weights: WeightBridge
+
+    def tracks(self) -> dict[str, Callable[[], Any]]:
+        """How to ask each process for its spans (actors.trace)."""
+        return {**self.trainers.tracks(), **self.weights.tracks(), **self.engines.tracks()}
 
     def reconnect(self) -> None:
         """The trainers are other processes: what engines do is given up, and the bridge joins them anew."""

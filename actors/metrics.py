@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,7 +15,9 @@ from actors.console import Console
 from actors.ending import EndedEarlyError
 from actors.events import EventLog
 from actors.resume_state import FOLDER, RESULT, State, forget, truncate_files
+from actors.sinks import TRACKERS, Sink, Sinks, TensorBoard
 from actors.status_file import StatusFile
+from actors.trace import Trace, Tracks
 from algorithms.data import FloatRow, Scored, TokenRecord
 from algorithms.stored_rollouts import stored_row
 from configs.errors import WriteError, naming
@@ -43,9 +45,12 @@ class RunRecorder:
         algorithm: str = "",
         token_texts: Callable[[Sequence[int]], list[str]] | None = None,
         state: State | None = None,
+        sinks: Sequence[Sink] = (),
+        trace_steps: int = 0,
     ) -> None:
         """`token_texts` gives the text of each token; without it a token is written as its number. The records
-        go on after `state`, when there is one."""
+        go on after `state`, when there is one. `sinks` are told besides TensorBoard, and the trace has
+        `trace_steps` steps, at least the newest (actors.trace)."""
         self._directory = directory
         self._max_steps = max_steps
         self._console = console
@@ -53,6 +58,9 @@ class RunRecorder:
         self._token_texts = token_texts or (lambda ids: list(map(str, ids)))
         self._log = EventLog(directory / "events.jsonl")
         self.status = StatusFile(directory)
+        self._trace = Trace(directory, trace_steps)
+        self._sinks = Sinks([*sinks, TensorBoard(directory), self._trace], console.line)
+        self._more: list[Callable[[], Mapping[str, float]]] = []
         self._made = time.monotonic()
         self._state = state
         self._last = 0 if state is None else state.step
@@ -63,6 +71,7 @@ class RunRecorder:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics and one console line."""
+        metrics = {**metrics, **{name: value for more in self._more for name, value in more().items()}}
         row = {"step": step, **metrics}
         self._last = step
         self.rows.append(row)
@@ -104,24 +113,40 @@ class RunRecorder:
             self._tokens.write(json.dumps(row) + "\n")
         self._tokens.flush()
 
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Generator[None]:
+        """The body of a `with` statement is this phase."""
+        self._sinks.tell(lambda sink: sink.phase(name, begins=True))
+        try:
+            with self._trace.spans(name):
+                yield
+        finally:
+            self._sinks.tell(lambda sink: sink.phase(name, begins=False))
+
+    def waiting(self, phase: str, owners: Sequence[str], seconds: float) -> None:
+        """A wait goes on (actors.deadline.Observer)."""
+        self.status.waiting(phase, owners, seconds)
+        self._sinks.tell(lambda sink: sink.waiting(phase, owners, seconds))
+
+    def watch(self, *tracks: Tracks, numbers: Callable[[], Mapping[str, float]] | None = None) -> None:
+        """Have the spans of these processes in the trace, and `numbers` in the row of each step."""
+        for each in tracks:
+            self._trace.watch(each)
+        self._more += [] if numbers is None else [numbers]
+
     def event(self, step: int | None, kind: str, text: str, **details: object) -> None:
         """Write what happened; a step of None is the one under way. Works before and after the `with` as well."""
         if kind == "restart":
             self.status.restarted()
         self.swapped |= kind == "reward" and not details.get("refused", False)
         self._log.write(self._last + 1 if step is None else step, kind, text, **finite_or_none(details))
+        self._sinks.tell(lambda sink: sink.event(kind))
 
     def _write(self, row: Mapping[str, float]) -> None:
         with naming(self._directory / _FILES[0]):
-            self._write_metrics(row)
-
-    def _write_metrics(self, row: Mapping[str, float]) -> None:
-        self._metrics.write(json.dumps(finite_or_none(row)) + "\n")
-        self._metrics.flush()
-        for name, value in row.items():
-            if name != "step":
-                self._events.add_scalar(name, value, int(row["step"]))
-        self._events.flush()
+            self._metrics.write(json.dumps(finite_or_none(row)) + "\n")
+            self._metrics.flush()
+        self._sinks.tell(lambda sink: sink.row(row))
 
     def _write_rollouts(self, step: int, split: str, scored: Iterable[Scored]) -> None:
         with naming(self._directory / _FILES[1]):
@@ -144,6 +169,7 @@ class RunRecorder:
     def __enter__(self) -> Self:
         """Open the files, replacing those of an earlier run, or cutting off what came after the state. Not sooner:
         a start that fails must cost nothing."""
+        self._sinks.tell(lambda sink: sink.open(None if self._state is None else self._last))
         self._open(self._state)
         self._started = time.monotonic()
         seconds = self._started - self._made
@@ -161,29 +187,25 @@ class RunRecorder:
         self.rows.clear()
         self.evaluations.clear()
         self._open(state, _FILES[:-1])
+        self._sinks.tell(lambda sink: sink.go_back(None if state is None else state.step))
 
     def _open(self, state: State | None, cut: Sequence[str] = _FILES) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         if state is None:
             self._start_anew(cut)
         else:
             self._go_on(state, cut)
         metrics, rollouts, tokens, _ = (self._directory / name for name in _FILES)
         self._metrics, self._rollouts, self._tokens = metrics.open("a"), rollouts.open("a"), tokens.open("a")
-        purge_step = None if state is None else self._last + 1
-        self._events = SummaryWriter(str(self._directory / "tensorboard"), purge_step=purge_step)
 
     def _close(self) -> None:
         self._metrics.close()
         self._rollouts.close()
         self._tokens.close()
-        self._events.close()
 
     def _start_anew(self, cut: Sequence[str]) -> None:
-        for name in ("tensorboard", "checkpoint", FOLDER):
+        for name in ("checkpoint", FOLDER):
             shutil.rmtree(self._directory / name, ignore_errors=True)
-        for name in (RESULT, "curve.png", "last", "best"):
+        for name in (RESULT, "curve.png", "last", "best", TRACKERS):
             (self._directory / name).unlink(missing_ok=True)
         for name in cut:
             (self._directory / name).write_text("")
@@ -231,6 +253,7 @@ class RunRecorder:
             self.event(self._last, "end", text, seconds=round(seconds, 1), outcome=outcome)
         with contextlib.suppress(*hidden):
             self._close()
+        self._sinks.tell(lambda sink: sink.close(outcome))
 
 
 def _short(value: float) -> float | None:

@@ -190,7 +190,7 @@ class StateKeeper:
         self.settle()
         start, manifest = time.monotonic(), self._manifest
         final = self.directory / FOLDER / name_of(manifest.progress.step)
-        with self._ending.shielded():
+        with self._ending.shielded(), self._recorder.phase("save"):
             try:
                 make_partial(final)
                 write_ahead(partial_of(final), settle())

@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.deadline import ActorLostError, DeadlineExceededError, get, get_all
 from actors.events import Event, unheard
 from actors.reward_swap import post_answer, take_request, write_rewards
+from actors.spans import SpanLog, Taken, traced
 from actors.worker_group import end_workers, place_of
 from algorithms.data import Group, Prompt, Rollout, Scored, Verdict
 from algorithms.rewards.child import Loaded
@@ -38,6 +39,7 @@ class RewardWorker:
     """Ray actor around a RewardRunner. Its methods are async, so that it answers while functions run."""
 
     def __init__(self, sources: Sequence[RewardSource], start_timeout_s: float) -> None:
+        self.spans = SpanLog()
         self._start_timeout_s = start_timeout_s
         self._runner = RewardRunner(sources, start_timeout_s=start_timeout_s)
         self._next: RewardRunner | None = None
@@ -55,6 +57,11 @@ class RewardWorker:
         group = Group(prompt=prompt, rollouts=(rollout,))
         self._remember(key, self._runner.submit(group, (0,), self._per_completion(), index))
 
+    async def take_spans(self) -> Taken:
+        """What it has done since the last call."""
+        return self.spans.take()
+
+    @traced("score", prompt=lambda group: group.prompt.id)
     async def score(self, group: Group) -> dict[str, tuple[Verdict, ...]]:
         """What each reward says of each completion, by reward."""
         everything = range(len(group.rollouts))
@@ -182,6 +189,10 @@ class RewardGroup:
     def tell(self, event: Event) -> None:
         """Tell of workers that were replaced."""
         self._event = event
+
+    def tracks(self) -> dict[str, Callable[[], Any]]:
+        """How to ask each worker for its spans (actors.trace)."""
+        return {f"reward worker {index}": each.take_spans.remote for index, each in enumerate(self.workers)}
 
     def worker_for(self, prompt: Prompt) -> Any:
         """The actor that scores the completions of a prompt, and should hear of each as soon as it is there."""

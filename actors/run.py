@@ -39,6 +39,7 @@ from actors.teacher import (
     source_in_trainer,
 )
 from actors.token_texts import TokenTexts
+from actors.trackers import check_trackers, sinks_of
 from actors.trainer import TrainerGroup
 from actors.trainer_rank import Sources
 from algorithms import grpo, sft
@@ -231,6 +232,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     Raises BasculeError with one clear message; by then every process of the run is gone.
     """
     started = time.monotonic()
+    check_trackers(config.record)
     prepared = prepare(config)
     config = prepared.config
     with hold(config.output_dir.resolve()) as lock:
@@ -248,6 +250,8 @@ def _run(prepared: Prepared, lock: RunLock, started: float, console: Console) ->
         algorithm=config.algorithm,
         token_texts=texts,
         state=prepared.state,
+        sinks=sinks_of(config, directory),
+        trace_steps=config.record.trace_steps,
     )
     try:
         with Ending(config, console, started) as ending:
@@ -284,7 +288,7 @@ def _start_and_train(
                     can_grow=not cluster.local,
                     node_label=None if cluster.local else config.cluster.node_label,
                 )
-                with watched(reservation, ending), observed(recorder.status.waiting):
+                with watched(reservation, ending), observed(recorder.waiting):
                     train(config, prepared, reservation, recorder, directory, console, ending)
             except EndedEarlyError:
                 raise
@@ -346,6 +350,7 @@ def _run_grpo(
             teacher=asked.teacher,
         )
         prompts = PromptStream(prepared.prompts, seed=config.seed, shuffle=config.data.shuffle)
+        recorder.watch(actors.tracks, judge.tracks, asked.tracks, numbers=actors.engines.load)
         keeper = StateKeeper(
             *(config, directory, actors.trainers, recorder, {"prompts": prompts}, prepared.state, ending),
             rewards=lambda: None if swappable.replaced is None else rows_of(swappable.replaced),
@@ -381,6 +386,7 @@ def _run_sft(
     samples: Stream[TrainSample] = prepared.stream or PromptStream(
         prepared.samples.kept, seed=config.seed, shuffle=config.data.shuffle
     )
+    recorder.watch(trainers.tracks)
     keeper = StateKeeper(config, directory, trainers, recorder, {"samples": samples}, prepared.state, ending)
     with recorder, keeper:
         held_out = prepared.held_out_samples.kept

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from actors.bridge_host import BridgeHost, Meeting, Transport
+from actors.spans import SpanLog
 from bridge.plan import Plan
 from bridge.sender import Sender
 from bridge.sync_plan import cut_plan
@@ -25,7 +26,9 @@ class SyncRank:
         bucket_bytes: int,
         rank: int,
         transport: Transport,
+        spans: SpanLog,
     ) -> None:
+        self._spans = spans
         self._plan = cut_plan(plan, bucket_bytes)
         # Hashed where engines hash: on the GPU if that is where they receive.
         device = torch.device("cuda" if transport == "cupy_nccl" else "cpu")
@@ -39,7 +42,7 @@ class SyncRank:
 
     def host(self, keep: bool) -> None:
         """Make the bridge part of this process."""
-        self._host = BridgeHost(self._plan, keep)
+        self._host = BridgeHost(self._plan, keep, self._spans)
 
     def call_host(self, method: str, *arguments: Any) -> Any:
         """Call the bridge in this process, while nothing is sent."""

@@ -1,6 +1,6 @@
 """The teacher of a run: in the trainer ranks, in engines of its own, or behind URLs."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +143,10 @@ class Asked:
         """Wait for engines that have begun to start. Raises BasculeError."""
         if self.engines is not None:
             self.engines.ready(timeout_s)
+
+    def tracks(self) -> dict[str, Callable[[], Any]]:
+        """How to ask engines for their spans (actors.trace)."""
+        return {} if self.engines is None else self.engines.tracks()
 
 
 @contextmanager

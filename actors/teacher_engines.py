@@ -46,6 +46,10 @@ class TeacherEngines:
         """Completions of the teacher, as EngineGroup.generate."""
         return self._engines.generate(requests)
 
+    def tracks(self) -> dict[str, Callable[[], Any]]:
+        """How to ask each engine for its spans (actors.trace)."""
+        return self._engines.tracks()
+
     def close(self) -> None:
         """Stop watching the engines."""
         self._engines.close()

@@ -1,7 +1,7 @@
 """The group that drives the trainer ranks (actors.trainer_rank)."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,10 @@ class TrainerGroup:
     def names(self) -> list[str]:
         """What to call the ranks in messages."""
         return self._names
+
+    def tracks(self) -> dict[str, Callable[[], Any]]:
+        """How to ask each rank for its spans (actors.trace)."""
+        return {name: rank.take_spans.remote for name, rank in zip(self._names, self.ranks, strict=True)}
 
     def save(self, step: int) -> None:
         """Write `checkpoint-STEP` into the run directory, and link `last` to it."""

@@ -12,6 +12,7 @@ from actors.adapter_source import AdapterSource, fill_adapter, write_adapter_bes
 from actors.model_source import ModelSource, tensors_of, write_beside
 from actors.pictures import PictureReader
 from actors.ranks import free_address, join
+from actors.spans import SpanLog, Taken, traced
 from actors.sync_rank import SyncRank
 from algorithms.data import FloatRow, MicroBatch, StepResult
 from bridge.plan import TORCH_DTYPES, Plan
@@ -59,6 +60,7 @@ class TrainerRank:
 
     def __init__(self, config: RunConfig, device: str, rank: int) -> None:
         """Remembers only what it will be."""
+        self.spans = SpanLog()
         self._config = config
         self._rank = rank
         self._device = device
@@ -78,6 +80,11 @@ class TrainerRank:
         """A `tcp://` rendezvous that was free on this rank's node a moment ago."""
         return free_address()
 
+    def take_spans(self) -> Taken:
+        """What it has done since the last call."""
+        return self.spans.take()
+
+    @traced("start")
     def start(self, address: str, sources: Sources) -> Started:
         """Join the group, build and load the model; returns the plan of its weights, the same on every rank."""
         config, device = self._config, cast("Device", self._device)
@@ -158,6 +165,7 @@ class TrainerRank:
     def _dtype(self) -> torch.dtype:
         return TORCH_DTYPES[self._config.model.torch_dtype]
 
+    @traced("train")
     def step(
         self, micro_batches: Sequence[MicroBatch], num_loss_tokens: int, denominator: float
     ) -> StepResult:
@@ -171,6 +179,7 @@ class TrainerRank:
             divergence = self._teacher.divergence
         return self._model.step(micro_batches, num_loss_tokens, loss, temperature, denominator, divergence)
 
+    @traced("divergences")
     def divergences(self, micro_batches: Sequence[MicroBatch]) -> list[FloatRow] | None:
         """Divergence from the teacher at each token on the last pipeline stage, else None."""
         from actors.megatron_teacher import divergences
@@ -178,12 +187,14 @@ class TrainerRank:
         assert self._teacher is not None, "a run of gkd has a teacher"
         return divergences(self._teacher, self._model, micro_batches)
 
+    @traced("teacher logprobs")
     def teacher_logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[FloatRow] | None:
         """Log-probabilities of the labels under the teacher, at the loss's temperature, on the last pipeline
         stage, else None."""
         assert self._scoring_teacher is not None, "a run with a teacher in the trainer ranks"
         return self._scoring_teacher.logprobs(micro_batches, self._config.loss_temperature)
 
+    @traced("entropies")
     def entropies(self, micro_batches: Sequence[MicroBatch]) -> list[FloatRow] | None:
         """Entropies at the loss's temperature on the last pipeline stage, else None."""
         return self._model.entropies(micro_batches, self._config.loss_temperature)
@@ -193,6 +204,7 @@ class TrainerRank:
         assert self._reference is not None, "checked with the config"
         self._reference.move_towards(self._model.chunks, share)
 
+    @traced("logprobs", reference=lambda _, reference, *rest: reference)
     def logprobs(
         self, micro_batches: Sequence[MicroBatch], reference: bool, temperature: float | None = None
     ) -> list[FloatRow] | None:
@@ -208,12 +220,15 @@ class TrainerRank:
     def follow(self, bucket_bytes: int) -> None:
         """Cut the plan into buckets; from now on sending needs no more words."""
         transport = self._config.bridge.transport
-        self._sync = SyncRank(self._parameters, self._plan, bucket_bytes, self._rank, transport)
+        ours = self._parameters, self._plan, bucket_bytes, self._rank, transport
+        self._sync = SyncRank(*ours, self.spans)
 
     def sync(self, method: str, *arguments: Any) -> Any:
         """Call this rank's part in weight syncs (actors.sync_rank)."""
-        return getattr(self._sync, method)(*arguments)
+        with self.spans(f"sync: {method.replace('_', ' ')}"):
+            return getattr(self._sync, method)(*arguments)
 
+    @traced("save")
     def save(self, directory: Path, iteration: int) -> None:
         """Write a checkpoint as the config says; every rank does it together."""
         if self._adapters is not None:
@@ -235,6 +250,7 @@ class TrainerRank:
                 ),
             )
 
+    @traced("copy state")
     def begin_state(self, directory: Path, step: int) -> None:
         """Copy this rank's part of a state to resume from; every rank does it together. A thread writes it."""
         from actors.megatron_resume import save_rank
@@ -257,6 +273,7 @@ class TrainerRank:
 
         finish_state(self._saving, directory, step, written)
 
+    @traced("load state")
     def load_state(self, directory: Path, same_layout: bool) -> None:
         """Put this rank into the state that save_state wrote."""
         from actors.megatron_resume import load_rank

@@ -1,15 +1,19 @@
 """How long each phase of a step took."""
 
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+Around = Callable[[str], AbstractContextManager[None]]
+"""What is told of a phase by name: it is entered and left with it."""
 
 
 class Clock:
     """`with clock("generate"): ...` adds the seconds spent to that phase."""
 
-    def __init__(self) -> None:
+    def __init__(self, around: Around = lambda _: nullcontext()) -> None:
         self._start = time.monotonic()
+        self._around = around
         self._phases: dict[str, float] = {}
 
     @contextmanager
@@ -17,7 +21,8 @@ class Clock:
         """Time the body of a `with` statement."""
         start = time.monotonic()
         try:
-            yield
+            with self._around(phase):
+                yield
         finally:
             self._phases[phase] = self._phases.get(phase, 0.0) + time.monotonic() - start
 

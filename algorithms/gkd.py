@@ -74,7 +74,7 @@ def train(
     if not keeper.start.step:
         _evaluate(config, roles, held_out, 0)
     for step in range(keeper.start.step + 1, config.max_steps + 1):
-        clock = Clock()
+        clock = Clock(roles.recorder.phase)
         metrics: dict[str, float] = {"on_policy": float(is_on_policy(config, step))}
         if is_on_policy(config, step):
             assert roles.student is not None, "a run with on-policy steps has engines"
@@ -103,7 +103,11 @@ def train(
             with clock("train"):
                 metrics |= roles.trainer.step(batch).numbers
         metrics |= clock.metrics()
-        metrics["tokens_per_second"] = sum(each.num_loss_tokens for each in taken) / metrics["time/step"]
+        metrics |= {
+            "samples": float(len(taken)),
+            "tokens": float(sum(each.num_loss_tokens for each in taken)),
+        }
+        metrics["tokens_per_second"] = metrics["tokens"] / metrics["time/step"]
         roles.recorder.step(step, metrics)
         if config.saves_at(step):
             roles.trainer.save(step)
@@ -119,7 +123,8 @@ def _complete(sampler: Sampler, prompts: PromptStream[Prompt], config: RunConfig
 
 
 def _evaluate(config: RunConfig, roles: Roles, held_out: Sequence[TrainSample], step: int) -> None:
-    metrics = evaluate(config, roles, held_out)
+    with roles.recorder.phase("evaluate"):
+        metrics = evaluate(config, roles, held_out)
     roles.recorder.evaluation(step, (), metrics)
     if metrics:
         roles.trainer.rate(step, -metrics["eval/divergence"])

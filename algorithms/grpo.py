@@ -35,7 +35,8 @@ def train(
     version, empty = start.version, start.empty
 
     def evaluate_at(step: int) -> None:
-        scored, metrics = evaluate(roles, held_out, config)
+        with roles.recorder.phase("evaluate"):
+            scored, metrics = evaluate(roles, held_out, config)
         roles.recorder.evaluation(step, scored, metrics)
         if metrics:
             roles.trainer.rate(step, score_of(metrics))
@@ -45,7 +46,7 @@ def train(
     if not start.step:
         evaluate_at(0)
     for step in range(start.step + 1, config.max_steps + 1):
-        clock = Clock()
+        clock = Clock(roles.recorder.phase)
         roles.judge.begin(step)
         synced: Mapping[str, float] = {}
         with clock("generate"):
@@ -65,12 +66,9 @@ def train(
             roles.trainer.move_reference(config.grpo.ref_model_mixup_alpha)
         scored = generated.scored
         metrics = reward_metrics(scored) | _means(results) | dict(experience.metrics)
-        metrics |= staleness(scored, version - bool(results))
+        metrics |= staleness(scored, version - bool(results)) | _counts(scored)
         metrics |= dict(synced) | clock.metrics()
-        metrics["groups/zero_variance_ratio"] = float(
-            np.mean([not has_signal(each.rewards) for each in scored])
-        )
-        metrics["tokens_per_second"] = _tokens(scored) / metrics["time/step"]
+        metrics["tokens_per_second"] = metrics["tokens"] / metrics["time/step"]
         roles.recorder.step(step, metrics)
         if config.saves_at(step):
             roles.trainer.save(step)
@@ -100,5 +98,9 @@ def _means(results: Sequence[StepResult]) -> dict[str, float]:
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} if rows else {}
 
 
-def _tokens(scored: Sequence[Scored]) -> int:
-    return sum(rollout.num_sampled for each in scored for rollout in each.group.rollouts)
+def _counts(scored: Sequence[Scored]) -> dict[str, float]:
+    return {
+        "groups/zero_variance_ratio": float(np.mean([not has_signal(each.rewards) for each in scored])),
+        "samples": float(sum(each.rewards.size for each in scored)),
+        "tokens": float(sum(rollout.num_sampled for each in scored for rollout in each.group.rollouts)),
+    }

@@ -1,6 +1,7 @@
 """The roles a training loop is written against. actors/ implements them; tests use small fakes."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -132,6 +133,10 @@ class Recorder(Protocol):
 
     def evaluation(self, step: int, scored: Iterable[Scored], metrics: Mapping[str, float]) -> None:
         """Completions and metrics of one evaluation."""
+        ...
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """The body of a `with` statement is this phase."""
         ...
 
     def tokens(self, step: int, records: Iterable[TokenRecord]) -> None:

@@ -30,7 +30,7 @@ def train(
     if not keeper.start.step:
         best = _evaluate(config, trainer, held_out, recorder, 0, best)
     for step in range(keeper.start.step + 1, config.max_steps + 1):
-        clock = Clock()
+        clock = Clock(recorder.phase)
         batch = pack(samples.take(config.sft.batch_size), config.trainer)
         with clock("train"):
             result = trainer.step(batch)
@@ -39,6 +39,8 @@ def train(
             step,
             {
                 **result.numbers,
+                "samples": float(config.sft.batch_size),
+                "tokens": float(batch.num_loss_tokens),
                 "tokens_per_second": batch.num_loss_tokens / times["time/step"],
                 **times,
             },
@@ -71,7 +73,8 @@ def _evaluate(
     best: float,
 ) -> float:
     """Record an evaluation; returns the lowest loss so far."""
-    metrics = evaluate(config, trainer, held_out)
+    with recorder.phase("evaluate"):
+        metrics = evaluate(config, trainer, held_out)
     if not metrics:
         return best
     best = min(best, metrics["eval/loss"])

@@ -5,9 +5,9 @@ the one before.
 """
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -48,8 +48,17 @@ class ManifestEntry:
 class Relay:
     """Holds two buckets, or with `keep` the last complete version, in host memory."""
 
-    def __init__(self, plan: SyncPlan, *, keep: bool, pinned: bool = False) -> None:
-        """`pinned` memory (CUDA only, untested) lets GPUs copy to and from it directly."""
+    def __init__(
+        self,
+        plan: SyncPlan,
+        *,
+        keep: bool,
+        pinned: bool = False,
+        around: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
+    ) -> None:
+        """`pinned` memory (CUDA only, untested) lets GPUs copy to and from it directly. Whatever it does for a
+        while is done inside of what `around` gives for it, in words."""
+        self._around = around
         self._plan = plan
         self._units = plan.units
         self._keep = keep
@@ -148,7 +157,8 @@ class Relay:
     def _told(self, doing: str) -> Generator[None]:
         self.doing = doing
         try:
-            yield
+            with self._around(doing):
+                yield
         finally:
             self.doing = ""
 
@@ -192,7 +202,7 @@ class Relay:
     ) -> torch.Tensor:
         bucket = self._plan.buckets[number]
         buffer = memory[: bucket.nbytes]
-        with naming(self._where(order, number)):
+        with naming(self._where(order, number)), self._around(f"receives bucket {number}"):
             trainers.recv_each([(buffer[m.start : m.stop], ranks[m.rank]) for m in bucket.messages])
         self.received += 1
         return buffer

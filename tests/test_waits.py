@@ -18,6 +18,8 @@ _POOL = "of a thread whose own waits are a group's, so that it ends with them"
 ALLOWED = {
     ("actors/engine.py", "task.result()"): _DONE,
     ("actors/engine.py", "self._running.wait()"): "inside asyncio.wait_for",
+    ("actors/spans.py", "_LANE.get()"): "a context variable",
+    ("actors/trackers.py", "self._calls.get()"): "in a thread that waits for work, and that nobody waits for",
     ("actors/submit.py", "left.wait()"): "for a second Ctrl-C, as long as the job is followed",
     ("actors/submit.py", "following.result()"): _DONE,
     ("actors/sync_watch.py", "ray.get(ref)"): _DONE,

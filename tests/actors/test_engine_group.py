@@ -40,3 +40,15 @@ def test_an_iterator_left_behind_by_an_error_does_not_start_a_ray(monkeypatch: p
     # The room is free again: four more fit.
     with pytest.raises(deadline.DeadlineExceededError, match="late"):
         next(group.generate([(prompt(0), settings(n=4))]))
+
+
+def test_the_load_counts_what_engines_have_and_what_has_no_room() -> None:
+    group = EngineGroup(EnginePool([Engine(), Engine()]), room=4, timeout_s=1)
+    assert group.load() == {"engines/up": 2, "engines/running": 0, "engines/waiting": 0}
+    # Begins with the call: one of three completions in each engine, the other three wait.
+    group.generate((prompt(number), settings(n=3)) for number in range(5))
+    assert group.load() == {"engines/up": 2, "engines/running": 2, "engines/waiting": 3}
+    group.generate([(prompt(9), settings(n=1))])
+    assert group.load() == {"engines/up": 2, "engines/running": 2, "engines/waiting": 4}
+    group.give_up()
+    assert group.load() == {"engines/up": 2, "engines/running": 0, "engines/waiting": 0}

@@ -25,8 +25,11 @@ from tests.actors.run_helpers import (
     start,
     with_secrets,
 )
+from tests.actors.trace_helpers import read_trace
 
 pytestmark = pytest.mark.e2e
+
+_PHASES = ("step 1", "step 2", "step 3", "generate", "sync", "evaluate")
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +116,33 @@ def test_the_engines_greedy_texts_after_the_last_sync_are_transformers_of_the_ch
 ) -> None:
     assert finished.code == 0
     assert_texts_are_transformers(workspace / "out", workspace / "out" / "checkpoint", step=3)
+
+
+def test_the_trace_has_what_every_process_did(finished: Finished, workspace: Path) -> None:
+    assert finished.code == 0
+    trace = read_trace(workspace / "out" / "trace.json")
+    ranks = [f"trainer rank {rank}" for rank in range(4)]
+    workers = {"reward worker 0", "reward worker 1"}
+    assert set(trace) - workers == {"driver", "bridge", "engine 0", *ranks}
+    assert set(trace) & workers
+    driver = {name: [span for span in trace["driver"] if span.name == name] for name in _PHASES}
+    # Steps and what they consist of, one after the other; evaluations and saves are beside them.
+    assert [len(driver[name]) for name in _PHASES] == [1, 1, 1, 3, 3, 2]
+    for step, generate, sync in zip(_PHASES[:3], driver["generate"], driver["sync"], strict=True):
+        (around,) = driver[step]
+        assert around.overlaps(generate)
+        assert around.overlaps(sync)
+        assert generate.end <= sync.begin
+    # Two optimizer steps for each of three steps; every version and the last one is saved.
+    for rank in ranks:
+        assert [sum(span.name == name for span in trace[rank]) for name in ("train", "save")] == [6, 2]
+    forward = [span for span in trace["bridge"] if span.name == "forward"]
+    buckets = [span for span in trace["bridge"] if span.name.startswith("sends bucket")]
+    assert len(forward) == 4
+    assert len(buckets) > 4 * 3
+    assert all(any(sync.overlaps(bucket) for sync in forward) for bucket in buckets)
+    for train in (span for span in trace[ranks[0]] if span.name == "train"):
+        assert not any(train.overlaps(span) for span in trace["engine 0"] if span.name == "generate")
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:

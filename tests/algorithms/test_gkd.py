@@ -1,6 +1,7 @@
 """The loop of gkd with fakes, and its loss by hand."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import pytest
@@ -100,6 +101,9 @@ class Everything:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self.metrics.append(metrics)
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def rollouts(self, step: int, scored: Iterable[Scored]) -> None:
         assert all(np.isnan(each.rewards).all() for each in scored)

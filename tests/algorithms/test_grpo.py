@@ -1,6 +1,7 @@
 """The loop with fakes: a two-armed bandit whose policy is one number, so the outcome can be computed."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import pytest
@@ -147,6 +148,9 @@ class Recorder:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self.steps.append(metrics)
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def rollouts(self, step: int, scored: Iterable[Scored]) -> None:
         self.versions += [each.group.rollouts[0].versions[0] for each in scored]

@@ -1,6 +1,7 @@
 """The loop with a trainer that knows its log-probabilities, so that the held-out loss can be computed."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import pytest
@@ -64,6 +65,9 @@ class Recorder:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self.steps.append(step)
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def rollouts(self, step: int, scored: Iterable[Scored]) -> None:
         raise AssertionError("there are none")
