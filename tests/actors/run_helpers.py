@@ -25,6 +25,7 @@ PROGRAM = (
     "from actors.cli import main; sys.exit(main())"
 )
 _MARK = "BASCULE_TEST_RUN"
+_OF_RAY = ("RAY_ADDRESS", "RAY_AUTH_MODE")
 
 
 def make_workspace(folder: Path, family: str = "qwen3") -> Path:
@@ -141,7 +142,8 @@ class Running:
 def start(*arguments: str, program: Sequence[str] = ("-c", PROGRAM)) -> Running:
     """`bascule ARGUMENTS` in a new process."""
     mark = uuid.uuid4().hex
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    # As from a shell: Ray leaves word in the environment of a process that has started it.
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_RAY}
     process = subprocess.Popen(
         [sys.executable, *program, *arguments],
         cwd=ROOT,
