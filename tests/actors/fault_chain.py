@@ -198,7 +198,9 @@ def _judge(cell: Cell, fault: Line, lines: Sequence[Line], expected: Mapping[str
         return _judge_end(cell, end), end["time"] - fault["time"]
     if done is None or not any(name in expected for name in facts):
         return "not judged: cut off", 0.0
-    return f"recovers: {_what(lines)}", done["time"] - fault["time"]
+    missed = any(line.get("inside") is False for line in lines) and cell.phase != "score"
+    late = " (hit just after it)" if missed else ""
+    return f"recovers: {_what(lines)}{late}", done["time"] - fault["time"]
 
 
 def _judge_end(cell: Cell, end: Line) -> str:

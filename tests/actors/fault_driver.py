@@ -206,7 +206,9 @@ def _phase(faults: Faults, name: str, call: Callable[..., Any]) -> Callable[...,
             faults.phase(name, over.is_set)
             return call(*arguments, **others)
         finally:
-            over.set()
+            # What is hooked of scoring is the moment at which a worker is sent its first group.
+            if name != "score":
+                over.set()
 
     return phase
 
