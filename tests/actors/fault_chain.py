@@ -129,7 +129,7 @@ class Chain:
         finally:
             for pid in running.pids(""):
                 os.kill(pid, signal.SIGKILL)
-        err = finished.err[-2000:]
+        err = (self.folder / f"{name}.err").read_text()[-3000:]
         self.tell(name, exit=finished.code, told=is_told, left=finished.left, err=err)
         return finished
 

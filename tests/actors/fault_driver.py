@@ -254,9 +254,10 @@ def main(plan: Path, words: Sequence[str]) -> int:
     content = json.loads(plan.read_text())
     faults = Faults([Cell(**cell) for cell in content["cells"]], Path(content["log"]))
     arm(faults)
-    # Nobody reads a pipe meanwhile.
-    with Path(content["log"]).with_suffix(".out").open("a") as out:
-        os.dup2(out.fileno(), sys.stdout.fileno())
+    # Nobody reads the pipes meanwhile.
+    for stream in (sys.stdout, sys.stderr):
+        with Path(content["log"]).with_suffix(f".{stream.name[4:-1]}").open("w") as file:
+            os.dup2(file.fileno(), stream.fileno())
     return command(list(words))
 
 
