@@ -16,17 +16,18 @@ from typing import Any
 from tests.actors.fault_driver import METHODS, PHASES, Cell
 from tests.actors.run_helpers import Finished, Running, make_workspace, start
 
+_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 _NAMES = {"trainer": "trainer rank", "engine": "engine", "bridge": "bridge", "reward": "reward worker"}
 _CONFIG = (
     *("--max_steps", "100000", "--resume_steps", "1", "--eval_steps", "2", "--lr", "1e-4"),
     *("--grpo.filter_zero_variance", "false", "--reward_workers.num_workers", "1"),
-    *("--cluster.step_timeout_s", "90", "--cluster.collective_timeout_s", "20", "--rewards.0.timeout_s", "2"),
-    *("--bridge.stall_timeout_s", "15", "--rollout.heartbeat_timeout_s", "20", "--record.token_steps", "0"),
+    *("--cluster.step_timeout_s", "90", "--cluster.collective_timeout_s", "15", "--rewards.0.timeout_s", "2"),
+    *("--bridge.stall_timeout_s", "10", "--rollout.heartbeat_timeout_s", "15", "--record.token_steps", "0"),
     *("--bridge.max_recoveries", "1000", "--reward_workers.max_recoveries", "1000"),
 )
 _START_S = 240
 # Whoever is stopped at a start is noticed at its deadline.
-_SHORT_START_S = 60
+_SHORT_START_S = 45
 _LIMIT_S = 1500.0
 # Steps after a fault before a run is told to end.
 _AFTER = 2
@@ -204,8 +205,10 @@ def _judge(cell: Cell, fault: Line, lines: Sequence[Line], expected: Mapping[str
 
 
 def _judge_end(cell: Cell, end: Line) -> str:
-    if end["left"]:
-        return f"WRONG: processes are left: {end['left']}"
+    # When the driver is killed, Ray's own agents may take half a minute to notice.
+    left = [line for line in end["left"] if not line.startswith(_AGENTS)]
+    if left:
+        return f"WRONG: processes are left: {left}"
     if (cell.kind, cell.how) == ("driver", "kill"):
         return "goes on when started again"
     if end["exit"] <= 0:

@@ -148,13 +148,14 @@ def arm(faults: Faults) -> None:
         target = __import__(module, fromlist=["x"])
         flags = {method: faults.flag(kind, method) for method in METHODS[kind].values()}
         setattr(target, name, _raising(getattr(target, name), flags))
-    from actors import reward_worker
+    from actors import reward_worker, trainer
     from actors.bridge import WeightBridge
     from actors.metrics import RunRecorder
     from actors.reward_worker import SwappableRewards
 
-    # Of a minute, which a worker that is stopped would cost several times.
+    # How long actors that are stopped are given to answer; a run allows more, and these cells are many.
     setattr(reward_worker, "MARGIN_S", 8.0)  # noqa: B010
+    setattr(trainer, "_CHECK_S", 6.0)  # noqa: B010
 
     def begin(self: Any, step: int) -> None:
         faults.begins(step)

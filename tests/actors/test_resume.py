@@ -83,7 +83,9 @@ def test_sft_with_adapters_is_killed_and_goes_on_bitwise(
     assert f"process: TrainerRank pid {rank}, sleeping" in status.out
     os.kill(running.process.pid, signal.SIGKILL)
     killed = running.finish()
-    assert (killed.code, killed.left) == (-signal.SIGKILL, [])
+    assert killed.code == -signal.SIGKILL
+    # Ray's own agents may take longer.
+    assert not [line for line in killed.left if "Agent" not in line]
 
     last = max(steps_of(whole / "metrics.jsonl"))
     running = start(*words, "--output_dir", str(cut))
