@@ -148,7 +148,7 @@ def arm(faults: Faults) -> None:
         target = __import__(module, fromlist=["x"])
         flags = {method: faults.flag(kind, method) for method in METHODS[kind].values()}
         setattr(target, name, _raising(getattr(target, name), flags))
-    from actors import reward_worker, trainer
+    from actors import restart, reward_worker, trainer
     from actors.bridge import WeightBridge
     from actors.metrics import RunRecorder
     from actors.reward_worker import SwappableRewards
@@ -156,6 +156,7 @@ def arm(faults: Faults) -> None:
     # How long actors that are stopped are given to answer; a run allows more, and these cells are many.
     setattr(reward_worker, "MARGIN_S", 8.0)  # noqa: B010
     setattr(trainer, "_CHECK_S", 6.0)  # noqa: B010
+    setattr(restart, "_SETTLE_S", 5.0)  # noqa: B010
 
     def begin(self: Any, step: int) -> None:
         faults.begins(step)

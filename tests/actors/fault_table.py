@@ -24,7 +24,8 @@ def faults(options: argparse.Namespace, folder: Path) -> bool:
     cells = cells_of(options.kind, options.phase, options.how)
     if not options.report:
         chain.run(cells)
-        chain.reference()
+        if not options.no_reference:
+            chain.reference()
     return table(chain)
 
 
@@ -40,6 +41,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--no-reference", action="store_true", help="that run is left for later")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         commands = {"faults": faults, "kills": kills, "soak": soak}
