@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from actors.cli import main
+from actors.reward_swap import post_request, read_answer
+from algorithms.rewards.loading import read_sources
+from configs.rewards import RewardConfig
 from tests.actors.run_helpers import (
     Running,
     assert_same_run,
@@ -120,19 +123,20 @@ def test_grpo_goes_on_bitwise_with_replaced_rewards_and_after_a_lost_rank(
     (workspace / "other.py").write_text(_OTHER)
     running = start(*words, "--output_dir", str(whole))
     running.wait_for(lambda: 1 in steps_of(whole / "metrics.jsonl"))
-    (whole / "rewards.yaml").write_text(f"- function: {workspace / 'other.py'}:high_words\n")
-    assert main(["reward", "reload", str(whole)]) == 0, capsys.readouterr().err
-    used = next(row["step"] for row in rows(whole / "events.jsonl") if row["kind"] == "reward")
+    # What `bascule reward reload` asks for.
+    other = RewardConfig(function=f"{workspace / 'other.py'}:high_words")
+    post_request(whole, read_sources([other]), "1")
+    running.wait_for(lambda: read_answer(whole, "1") is not None)
+    used = read_answer(whole, "1")
+    assert used is not None
     running.wait_for((whole / "resume" / f"step-{used}").exists)
     running.leave_behind(whole, cut)
     # The state has its text.
     (workspace / "other.py").unlink()
     finished = running.finish()
     assert finished.code == 0, finished.err
-    assert {row["step"] for row in rows(whole / "rollouts.jsonl") if "high_words" in row["parts"]} >= {
-        used,
-        9,
-    }
+    scored = rows(whole / "rollouts.jsonl")
+    assert {row["step"] for row in scored if "high_words" in row["rewards"]} >= {used, 9}
 
     running = start(*words, "--output_dir", str(cut))
     running.wait_for((cut / "resume" / f"step-{used + 1}").exists)
