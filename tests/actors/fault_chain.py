@@ -16,7 +16,7 @@ from typing import Any
 from tests.actors.fault_driver import METHODS, PHASES, Cell
 from tests.actors.run_helpers import Finished, Running, make_workspace, start
 
-_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 _NAMES = {"trainer": "trainer rank", "engine": "engine", "bridge": "bridge", "reward": "reward worker"}
 _CONFIG = (
     *("--max_steps", "100000", "--resume_steps", "1", "--eval_steps", "2", "--lr", "1e-4"),
@@ -207,7 +207,7 @@ def _judge(cell: Cell, fault: Line, lines: Sequence[Line], expected: Mapping[str
 
 def _judge_end(cell: Cell, end: Line) -> str:
     # When the driver is killed, Ray's own agents may take half a minute to notice.
-    left = [line for line in end["left"] if not line.startswith(_AGENTS)]
+    left = [line for line in end["left"] if not line.startswith(AGENTS)]
     if left:
         return f"WRONG: processes are left: {left}"
     if (cell.kind, cell.how) == ("driver", "kill"):
