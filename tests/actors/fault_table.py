@@ -22,10 +22,10 @@ from tests.actors.fault_random import kills, soak
 def faults(options: argparse.Namespace, folder: Path) -> bool:
     chain = Chain(folder=folder)
     cells = cells_of(options.kind, options.phase, options.how)
-    if not options.report:
+    if not options.report and not options.reference:
         chain.run(cells)
-        if not options.no_reference:
-            chain.reference()
+    if not options.report and not options.no_reference:
+        chain.reference()
     return table(chain)
 
 
@@ -40,6 +40,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument(
+        "--reference", action="store_true", help="no more faults, only what they are judged by"
+    )
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--no-reference", action="store_true", help="that run is left for later")
     options = parser.parse_args()
