@@ -52,8 +52,8 @@ def fails_while_files_are_limited(running: Running, rank: int, directory: Path) 
     kept = sorted(int(path.name[5:]) for path in (directory / "resume").glob("step-*[0-9]"))
     assert len(kept) == 2
     resource.prlimit(rank, resource.RLIMIT_FSIZE, before)
-    assert "could not be saved, older ones are as they were" in saves()[0]
-    assert "File too large" in saves()[0]
+    # Which of its files was too large first is a matter of time, and torch does not say why one is.
+    assert f"could not be saved, older ones are as they were: {directory}" in saves()[0]
     last = max(steps_of(directory / "metrics.jsonl"))
     running.wait_for(lambda: bool([*(directory / "resume").glob(f"step-{last + 4 - last % 2}")]))
 
