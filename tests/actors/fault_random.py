@@ -75,7 +75,8 @@ def _killed(words: list[str], directory: Path, rng: random.Random) -> str:
         int(path.name[5:]) for path in (directory / "resume").glob("step-*") if path.name[5:].isdigit()
     )
     when = f"{moment:.1f} s after its start" if at_start else f"after step {step}"
-    saving = ", while a state was written" if partial else ""
+    # At a start one may be there from the kill before.
+    saving = ", while a state was written" if partial and not at_start else ""
     return f"{when}{saving}; states {names}, processes left {len(left)}"
 
 
