@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray.exceptions import RayError
 
 from actors.env import resolve_device
@@ -32,6 +33,8 @@ class Cluster:
     """Where other processes find it."""
     job: str
     """What Ray calls the run."""
+    wants_token: bool
+    """Whether it answers only those who show its token."""
     logs: Path
     """Where Ray keeps what the actors print, on each node."""
 
@@ -81,6 +84,7 @@ def connect(cluster: ClusterConfig) -> Generator[Cluster]:
             local=not address,
             address=info["gcs_address"],
             job=ray.get_runtime_context().get_job_id(),
+            wants_token=is_token_auth_enabled(),
             logs=logs,
         )
     finally:

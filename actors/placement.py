@@ -86,8 +86,12 @@ def bundles_of(
     frozen = weights if _has_reference(config) else 0
     if teacher is not None and config.teacher_place == "trainer":
         frozen += sum(share for share, _ in _shares(trainer, teacher)) * item
+    # While a state to resume from is written, a copy of weights and optimizer is in host memory as well. On a GPU
+    # what is counted here anyway is more.
+    if device == "cpu" and config.checkpoint.resume_steps:
+        state += sum(share * item + share * 12 // replicas for share, replicas in shares)
     if config.tuner.tuner_type == "lora":
-        # Gradients and optimizer state are of adapters, which are a few hundredths of the model.
+        # Gradients, optimizer state and copies are of adapters, which are a few hundredths of the model.
         state = weights + weights // 4
     ranks = [
         Bundle(owner="trainer", cpus=cluster.cpus_per_trainer_rank, gpus=gpus, memory=_GIB + state + frozen)

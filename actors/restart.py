@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from actors.deadline import DeadlineExceededError
+from actors.deadline import ActorLostError, DeadlineExceededError
 from actors.ending import EndedEarlyError
 from actors.metrics import RunRecorder
 from actors.resume import StateKeeper
@@ -53,11 +53,14 @@ def train_on(
             restarts += 1
             start = time.monotonic()
             time.sleep(min(_LONGEST_BACKOFF_S, _BACKOFF_S * 2 ** (restarts - 1)))
-            first_line = str(lost).partition("\n")[0]
+            why = _first_line(lost)
+            if not isinstance(lost, ActorLostError):
+                # It may only wait for a rank that has failed, which said so.
+                why += f" (during: {_first_line(error)})"
             if isinstance(lost, DeadlineExceededError):
                 # It hangs, and what it does is of interest.
                 recorder.line(describe_bundle(write_bundle(keeper.directory, lost)))
-            recorder.line(f"warning: {first_line}; the trainer ranks are started again")
+            recorder.line(f"warning: {why}; the trainer ranks are started again")
             keeper.settle(_SETTLE_S)
             trainers.restart()
             state = keeper.go_back()
@@ -66,7 +69,11 @@ def train_on(
             where = "from the beginning" if state is None else f"after step {state.step}"
             text = f"trainer ranks were started again in {time.monotonic() - start:.1f} s, the run goes on {where}"
             recorder.line(text)
-            recorder.event(None, "restart", f"{text}: {first_line}", restarts=restarts)
+            recorder.event(None, "restart", f"{text}: {why}", restarts=restarts)
+
+
+def _first_line(error: BasculeError) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _given_up(lost: BasculeError, error: BasculeError, restarts: int) -> str:

@@ -280,7 +280,7 @@ def _start_and_train(
         with connect(config.cluster) as cluster:
             # Ray has put a handler of its own in place of ours.
             ending.install()
-            lock.tell_address(cluster.address, cluster.job)
+            lock.tell_address(cluster.address, cluster.job, wants_token=cluster.wants_token)
             try:
                 reservation = reserve(
                     prepared.bundles,

@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ class Holder:
     """Of the Ray that the run uses, for `bascule status`."""
     job: str | None = None
     """Ray's number of the run."""
+    wants_token: bool = False
+    """Whether that Ray answers only those who show its token."""
 
     def describe(self) -> str:
         """For a message."""
@@ -43,9 +45,10 @@ class RunLock:
     def __init__(self, descriptor: int, holder: Holder) -> None:
         self._descriptor, self._holder = descriptor, holder
 
-    def tell_address(self, address: str, job: str) -> None:
-        """Write down by which address the run's Ray is found, and what it calls the run."""
-        _write(self._descriptor, Holder(**{**asdict(self._holder), "address": address, "job": job}))
+    def tell_address(self, address: str, job: str, *, wants_token: bool) -> None:
+        """Write down by which address the run's Ray is found, what it calls the run, and whom it answers."""
+        found = replace(self._holder, address=address, job=job, wants_token=wants_token)
+        _write(self._descriptor, found)
 
 
 @contextmanager

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.authentication.authentication_token_setup import (
+    maybe_enable_token_auth_if_token_available,
+)
 
 from actors.resume_state import FOLDER, RESULT, states
 from actors.run_lock import Holder, read_holder
@@ -35,6 +38,9 @@ def describe_run(directory: Path, *, live: bool, stacks: bool) -> Iterator[str]:
     yield from _saved(directory)
     yield from _events(directory)
     if is_held and live and holder is not None and holder.address and holder.job:
+        if holder.wants_token:
+            # Of itself Ray shows it only where it finds the cluster without an address.
+            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         yield from _live(holder.address, holder.job, stacks=stacks)
 
 

@@ -17,9 +17,9 @@ def register() -> None:
     """Make the weight-transfer backends `gloo` and `cupy_nccl` known to vLLM. May be called again.
 
     In processes of our own engines (actors and `bascule infer`) it also ties each child to the life of its parent,
-    and repairs calls of several workers and, on CPU, the rotary embedding. Raises BasculeError there when vLLM is
-    another version than the repairs were written for. An engine that someone else starts in this environment is
-    left as it is.
+    lets none leave a semaphore behind, and repairs calls of several workers and, on CPU, the rotary embedding.
+    Raises BasculeError there when vLLM is another version than the repairs were written for. An engine that
+    someone else starts in this environment is left as it is.
     """
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
@@ -30,6 +30,7 @@ def register() -> None:
             WeightTransferEngineFactory.register_engine(name, module, engine)
     if os.environ.get(OWNED_ENGINE) == "1":
         exit_with_parent()
+        leave_no_semaphore()
         _repair()
 
 
@@ -65,3 +66,14 @@ def exit_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, name="exit-with-parent", daemon=True).start()
+
+
+def leave_no_semaphore() -> None:
+    """Let progress bars of this process lock threads only.
+
+    tqdm makes a lock for processes too, which in one that multiprocessing spawned is a named semaphore: a file in
+    /dev/shm that stays when the process and its resource tracker are killed, which is how Ray ends engines.
+    """
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())

@@ -2,18 +2,20 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from algorithms.data import int_row
 from tests.actors.engine_helpers import make_model, prompt, reference_greedy, save_tokenizer
@@ -28,6 +30,9 @@ _MARK = "BASCULE_TEST_RUN"
 # In the environment of every run of a test; nothing that a run writes may hold it.
 CANARY = "canary-5c7c0f2e"
 _SECRETS = dict.fromkeys(("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "JUDGE_KEY"), CANARY)
+# What depends on how long something took.
+_TIMES = ("time/", "tokens_per_second", "sync/", "engines/")
+_OF_RAY = ("RAY_ADDRESS", "RAY_AUTH_MODE")
 
 
 def make_workspace(folder: Path, family: str = "qwen3") -> Path:
@@ -128,6 +133,20 @@ class Running:
                 return
             time.sleep(0.05)
 
+    def wait_for(self, is_there: Callable[[], bool], timeout: float = 300) -> None:
+        """Wait until it is so; the run has to go on meanwhile."""
+        end = time.monotonic() + timeout
+        while not is_there():
+            assert self.process.poll() is None, self.finish()
+            assert time.monotonic() < end, "it does not come to pass"
+            time.sleep(0.01)
+
+    def leave_behind(self, directory: Path, copy: Path) -> None:
+        """Copy what a SIGKILL of the driver would leave of its run directory now, and let it go on."""
+        self.process.send_signal(signal.SIGSTOP)
+        shutil.copytree(directory, copy, symlinks=True)
+        self.process.send_signal(signal.SIGCONT)
+
     def finish(self, timeout: float = 300) -> Finished:
         """Wait for the end; then give its daemons a moment and list those that stay."""
         out, err = self.process.communicate(timeout=timeout)
@@ -145,7 +164,8 @@ class Running:
 def start(*arguments: str, program: Sequence[str] = ("-c", PROGRAM)) -> Running:
     """`bascule ARGUMENTS` in a new process."""
     mark = uuid.uuid4().hex
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    # As from a shell: Ray leaves word in the environment of a process that has started it.
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_RAY}
     process = subprocess.Popen(
         [sys.executable, *program, *arguments],
         cwd=ROOT,
@@ -171,6 +191,35 @@ def with_secrets(directory: Path) -> list[Path]:
     """Files anywhere below that hold what only the environment of a run should."""
     files = (path for path in directory.rglob("*") if path.is_file() and not path.is_symlink())
     return [path for path in files if CANARY.encode() in path.read_bytes()]
+
+
+def steps_of(metrics: Path) -> list[int]:
+    """Steps that were trained, of the lines that are complete."""
+    text = metrics.read_text() if metrics.is_file() else ""
+    found = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+    return [row["step"] for row in found if "loss" in row]
+
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without what depends on how long something took."""
+    return {
+        name: value for name, value in row.items() if not name.startswith(_TIMES) and "seconds" not in name
+    }
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bitwise the same numbers, completions and last weights."""
+    for name in ("metrics.jsonl", "rollouts.jsonl", "tokens.jsonl"):
+        expected_rows, found_rows = (list(map(without_times, rows(each / name))) for each in (one, other))
+        assert found_rows == expected_rows, name
+    assert_same_weights(*(each / "checkpoint" / "model.safetensors" for each in (one, other)))
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """Bitwise the same tensors in both files."""
+    expected, found = map(load_file, (one, other))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def evaluated(directory: Path, step: int) -> list[dict[str, Any]]:

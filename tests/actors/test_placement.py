@@ -88,8 +88,9 @@ def test_memory_is_what_the_parts_need_written_out() -> None:
     )
     owners = [each.owner for each in bundles]
     assert owners == ["trainer"] * 4 + ["engine"] * 2 + ["bridge"] + ["reward"] * 2
-    # Half the parameters: 2 bytes, 4 of gradient, half of 12 of optimizer state; 2 more for the reference.
-    assert bundles[0].memory == gib + parameters // 2 * (2 + 4 + 6 + 2)
+    # Half the parameters: 2 bytes, 4 of gradient, half of 12 of optimizer state; 2 more for the reference; and the
+    # copy of weights and optimizer state that is written.
+    assert bundles[0].memory == gib + parameters // 2 * (2 + 4 + 6 + 2 + (2 + 6))
     assert bundles[4].memory == gib + gib // 2 + parameters * 2 * 2 + gib
     # Two buckets of 64 MiB.
     assert bundles[6].memory == gib // 2 + 2 * (64 << 20)
@@ -163,7 +164,12 @@ def test_experts_are_shared_by_their_own_ranks_written_out() -> None:
     # Two of eight ranks share what is outside of experts, so 4 split its optimizer state; four share the
     # experts, so 2 split theirs.
     dense, experts = 200_000 // 2, 800_000 // 4
-    assert bundles[0].memory == gib + dense * 6 + dense * 12 // 4 + experts * 6 + experts * 12 // 2
+    # The copy of a state that is written has weights and optimizer state once more.
+    written = dense * 2 + dense * 12 // 4 + experts * 2 + experts * 12 // 2
+    expected = gib + dense * 6 + dense * 12 // 4 + experts * 6 + experts * 12 // 2
+    assert bundles[0].memory == expected + written
+    never = config(algorithm="sft", trainer=layout, checkpoint={"resume_steps": 0})
+    assert bundles_of(never, size(1_000_000, 800_000), "cpu")[0].memory == expected
 
 
 def test_the_size_of_a_model_is_counted_in_its_headers(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_a_second_run_is_refused_by_name_until_the_first_is_gone_or_killed(tmp_p
     assert found is not None
     assert (found[0].pid, found[1]) == (other.pid, False)
     with hold(run) as lock:
-        lock.tell_address("10.0.0.1:6379", "01000000")
+        lock.tell_address("10.0.0.1:6379", "01000000", wants_token=True)
         found = read_holder(run)
         assert found is not None
         assert (found[0].pid, found[0].address, found[1]) == (os.getpid(), "10.0.0.1:6379", True)
