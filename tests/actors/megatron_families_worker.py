@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from megatron_families_layouts import BFLOAT16, CHECKPOINTS, LAYOUTS, READS, STE
 from megatron_worker import join, run_under, split_rows, worst
 from megatron_worker_reference import TEMPERATURE, num_loss_tokens, token_loss
 
+from actors.trainer_rank import freeze
 from bridge.families import family_of
+from bridge.frozen import frozen_parts
+from bridge.vision import part_of
 from configs.schema import LayoutConfig, RunConfig
 from tests.bridge.family_models import megatron_shard
 
@@ -204,6 +208,25 @@ def checkpoint_keys(family: str) -> list[str]:
     return sorted({value.key for value in state.values() if "_extra_state" not in value.key})
 
 
+def run_parts(**vision: Any) -> dict[str, Any]:
+    """How far a step moves the parts of a model that sees, one sequence at a time: the first has no picture."""
+    want = reference("qwen3_vl")
+    spec = family_of(want.config).megatron(want.config)
+    assert spec.vision is not None
+    run = RunConfig.model_validate({**make_run("one", False).model_dump(), "vision": vision})
+    frozen = partial(freeze, frozen_parts(spec, run.vision))
+    model = MegatronModel(
+        run, spec, device="cpu", load=loader(want.weights), adapt=frozen, look=megatron_vision.look
+    )
+    batches, _ = split_rows(want.rows, len(want.rows))
+    model.step(batches, num_loss_tokens(want.rows), token_loss, TEMPERATURE)
+    moved = {"llm": 0.0, "vit": 0.0, "aligner": 0.0}
+    for name, parameter in mine(model.chunks):
+        part = part_of(spec.vision, name)
+        moved[part] = max(moved[part], float((parameter - shard(name, want.weights)).abs().max()))
+    return moved
+
+
 def cases_of(layout: str) -> Iterator[tuple[str, Any]]:
     for family in STEPS.get(layout, ()):
         yield f"{layout}/{family}", run_case(layout, family, distributed_optimizer=layout.endswith("-split"))
@@ -211,6 +234,9 @@ def cases_of(layout: str) -> Iterator[tuple[str, Any]]:
         yield f"{layout}/{family}/read", run_logits(layout, family)
     if layout == "one":
         yield "one/mtp", run_mtp()
+        yield "one/rates", run_parts(freeze_vit=False, freeze_aligner=False, vit_lr=1e-4, aligner_lr=4e-4)
+        yield "one/aligner", run_parts(freeze_llm=True, freeze_aligner=False)
+        yield "one/default", run_parts()
         for family in BFLOAT16:
             yield f"one/{family}/bfloat16", run_bfloat16(family)
         for family in CHECKPOINTS:

@@ -13,6 +13,8 @@ from tests.actors.megatron_families_layouts import BFLOAT16, READS, STEPS, world
 from tests.actors.megatron_processes import RunWorkers
 
 pytestmark = pytest.mark.megatron
+LR = 1e-2
+"""The worker's (megatron_worker_reference)."""
 pytest_plugins = ("tests.actors.megatron_fixtures",)
 
 WORKER = Path(__file__).with_name("megatron_families_worker.py")
@@ -74,6 +76,18 @@ def test_layers_for_multi_token_prediction_are_on_the_last_stage(results: Result
 def test_multi_token_prediction_equals_the_formula(results: Results) -> None:
     (rank,) = results("one/mtp")
     assert rank["output"] < 1e-5
+
+
+def test_parts_of_a_model_that_sees_are_trained_at_their_rates_or_not_at_all(results: Results) -> None:
+    """A step of Adam with fresh moments is about as long as the learning rate."""
+    (rates,), (aligner,), (default,) = (results(f"one/{name}") for name in ("rates", "aligner", "default"))
+    assert rates["llm"] == pytest.approx(LR, rel=0.1)
+    assert rates["vit"] == pytest.approx(1e-4, rel=0.1)
+    assert rates["aligner"] == pytest.approx(4e-4, rel=0.1)
+    assert (aligner["llm"], aligner["vit"]) == (0, 0)
+    assert aligner["aligner"] == pytest.approx(LR, rel=0.1)
+    assert (default["vit"], default["aligner"]) == (0, 0)
+    assert default["llm"] == pytest.approx(LR, rel=0.1)
 
 
 @pytest.mark.parametrize("family", BFLOAT16)

@@ -119,7 +119,7 @@ def test_a_sample_has_the_tokens_mask_and_positions_of_transformers(model: Path,
     assert sample.loss_mask.sum() == 2
     assert sample.vision.slots_T[seen].tolist() == list(range(1, seen.sum() + 1))
     with torch.device("meta"):
-        theirs = Qwen3VLModel(config)
+        theirs: Any = Qwen3VLModel(config)
     tokens = torch.tensor(sample.tokens, dtype=torch.int64)[None]
     positions, _ = theirs.get_rope_index(
         tokens, (tokens == config.image_token_id).int(), image_grid_thw=grids

@@ -30,6 +30,7 @@ def spec(*, tied: bool = False, mtp: int = 0) -> MegatronSpec:
 FAMILY = Family(
     model_types=("toy",),
     rules=(
+        Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Replicated()),
         Rule("decoder.layers.{L}.experts.{E}.weight", ("layers.{L}.experts.{E}.one",), Row()),
         Rule("decoder.layers.{L}.experts.{E}.weight", ("layers.{L}.all",), Replicated()),
         Rule("mtp.layers.{M}.norm", ("layers.{N}.norm", "extra.{M}"), Replicated()),
