@@ -33,7 +33,10 @@ class Shown:
 
 
 def show(vision: VisionSpec, tokens: list[int], seed: int, multiple_of: int) -> tuple[list[int], Shown]:
-    """The tokens after those of a picture, of which there are a multiple of `multiple_of`; and the picture."""
+    """The tokens after those of a picture, of which there are a multiple of `multiple_of`; and the picture.
+
+    The last token is only a label: the model sees the row without it, and so does the picture's place in it.
+    """
     side, config = vision.spatial_merge_size, vision.config
     count = _TOKENS + -_TOKENS % multiple_of
     grid = (1, side, count * side) if count % 2 else (1, 2 * side, count // 2 * side)
@@ -41,7 +44,7 @@ def show(vision: VisionSpec, tokens: list[int], seed: int, multiple_of: int) -> 
     generator = torch.Generator().manual_seed(seed)
     patches = torch.randn(grid[1] * grid[2], size, generator=generator)
     row = [vision.image_token_id] * count + tokens
-    seen = sight_of(vision).vision_of(row, [Picture(sources=(), grid=grid)])
+    seen = sight_of(vision).vision_of(row[:-1], [Picture(sources=(), grid=grid)])
     assert seen is not None, "it has tokens"
     return row, Shown(
         patches_PC=float_row(patches.numpy()), vision=seen, image_token_id=vision.image_token_id

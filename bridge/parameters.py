@@ -35,8 +35,7 @@ def parameters_of(spec: MegatronSpec, *, mtp: bool) -> dict[str, Shape]:
     if not spec.tie_word_embeddings:
         found["output_layer.weight"] = (spec.vocab_size, hidden)
     if spec.vision is not None:
-        with torch.device("meta"):
-            tower = build_tower(spec.vision)
+        tower = build_tower(spec.vision, "meta")
         found.update({f"{TOWER}{name}": tuple(p.shape) for name, p in tower.named_parameters()})
     return found
 

@@ -2,6 +2,7 @@
 
 import copy
 import pkgutil
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -16,13 +17,16 @@ OF_TOWER = r"(.*\.)?visual\..*"
 """Hugging Face modules of the tower, as a regular expression; adapters are of the language model alone."""
 
 
-def build_tower(vision: VisionSpec) -> torch.nn.Module:
-    """The tower with its aligner, on torch's default device; weights are whatever transformers makes of them."""
+def build_tower(vision: VisionSpec, device: str | None = None) -> torch.nn.Module:
+    """The tower with its aligner, on `device` or torch's default one; weights are whatever transformers makes of
+    them."""
+    # Before the device is set: its module makes tensors as it is imported, which have to be real.
     kind = pkgutil.resolve_name(vision.tower)
     # Checking a config writes into what it is made of.
     fields = copy.deepcopy(dict(vision.config))
     # With it also the name of its attention, which transformers sets as it sees fit.
-    return kind._from_config(kind.config_class(**fields))
+    with nullcontext() if device is None else torch.device(device):
+        return kind._from_config(kind.config_class(**fields))
 
 
 def part_of(vision: VisionSpec, parameter: str) -> Literal["llm", "vit", "aligner"]:
