@@ -6,7 +6,7 @@ On a machine without CUDA, actors.megatron_cpu.install() must have run before th
 import copy
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -320,8 +320,9 @@ def learning_rates(run: RunConfig, spec: MegatronSpec) -> dict[ParamKey, ParamGr
     for part, lr in (("vit", run.vision.vit_lr), ("aligner", run.vision.aligner_lr)):
         if lr is not None:
             belongs = ParamWithNamePredicate(name=part, fn=partial(_is_of, spec.vision, part))
-            own: ParamGroupOverride = {"max_lr": lr, "min_lr": min(run.trainer.min_lr, lr)}
-            overrides[ParamKey(with_name_predicate=belongs)] = own
+            own = {"max_lr": lr, "min_lr": min(run.trainer.min_lr, lr)}
+            # Declared as if all of its fields had to be given, which Megatron itself does not do.
+            overrides[ParamKey(with_name_predicate=belongs)] = cast(ParamGroupOverride, own)
     return overrides
 
 

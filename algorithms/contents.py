@@ -78,7 +78,7 @@ def _entries(
         else:
             raise ConfigError(
                 f'{row.place}: an entry of `content` is {{"type": "text", "text": ...}} or '
-                f'{{"type": "image", "image": ...}}, not {str(entry)[:80]}'
+                f'{{"type": "image", "image": ...}}, not {entry!r:.80}'
             )
 
 

@@ -5,6 +5,7 @@ there.
 """
 
 import hashlib
+import json
 import re
 import time
 from pathlib import Path
@@ -195,6 +196,8 @@ def test_secrets_of_the_environment_are_in_nothing_that_the_run_wrote(
     assert finished.code == 0
     assert len(list((workspace / "out").rglob("*"))) > 20
     assert with_secrets(workspace) == []
+    # Ray listens on all addresses of the machine.
+    assert json.loads((workspace / "out" / "run.lock").read_text())["wants_token"] is True
 
 
 def test_weights_did_change(finished: Finished, workspace: Path) -> None:
