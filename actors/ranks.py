@@ -25,16 +25,19 @@ def start_ranks(
     *,
     deterministic: bool = False,
 ) -> list[Any]:
-    """Actors of `kind`, made with (*arguments, rank), in the reserved bundles of `owner`."""
+    """Actors of `kind`, made with (*arguments, rank), in the reserved bundles of `owner`.
+
+    Each computes with as many threads as it has CPUs, at least one, unless OMP_NUM_THREADS says otherwise.
+    """
     actor_class = ray.remote(kind)
-    env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    env |= _DETERMINISTIC if deterministic else {}
-    return [
-        actor_class.options(**reservation.options(owner, rank), runtime_env={"env_vars": env}).remote(
-            *arguments, rank
-        )
-        for rank in range(count)
-    ]
+
+    def start(rank: int) -> Any:
+        options: dict[str, Any] = reservation.options(owner, rank)
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, int(options["num_cpus"])))
+        env = {"OMP_NUM_THREADS": threads} | (_DETERMINISTIC if deterministic else {})
+        return actor_class.options(**options, runtime_env={"env_vars": env}).remote(*arguments, rank)
+
+    return [start(rank) for rank in range(count)]
 
 
 def free_address() -> str:

@@ -152,9 +152,9 @@ class ClusterConfig(Section):
     num_cpus: int | None = Field(default=None, ge=1)
     """CPUs a locally started Ray offers; by default the machine's."""
     cpus_per_trainer_rank: float = Field(default=0.5, gt=0)
-    """CPUs reserved for each Megatron rank."""
+    """CPUs reserved for each Megatron rank, and threads that it computes with."""
     cpus_per_engine: float = Field(default=0.5, gt=0)
-    """CPUs reserved for each vLLM engine."""
+    """CPUs reserved for each vLLM engine, and on CPU threads that it computes with."""
     node_label: str | None = Field(default=None, min_length=1)
     """Label of a cluster's nodes that says whose they are: trainer, rollout (engines, rewards, environments) or
     bridge. By default every node is everybody's; a Ray that the command starts itself has no labels."""
