@@ -12,7 +12,6 @@ from typing import Any
 
 import ray
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
-from ray.exceptions import RayError
 
 from actors.env import resolve_device
 from configs.errors import BasculeError, ConfigError
@@ -74,7 +73,8 @@ def connect(cluster: ClusterConfig) -> Generator[Cluster]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-    except (OSError, RuntimeError, ValueError, RayError) as error:
+    # Ray raises errors of every type, a bare Exception where its own processes do not come up in time.
+    except Exception as error:
         where = f"at {address}" if address else "on this machine"
         raise BasculeError(f"Ray {where} does not answer: {error}") from error
     try:

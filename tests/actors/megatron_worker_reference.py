@@ -136,9 +136,10 @@ def pack(rows: list[MicroBatch], length: int) -> MicroBatch:
 def reference_logits(model: transformers.PreTrainedModel, row: MicroBatch) -> torch.Tensor:
     """Logits [T, V] of one unpacked sequence, in float32."""
     inputs = inputs_of(row)
-    if model.config.model_type != "qwen2_5_vl":
-        inputs.pop("second_per_grid_ts", None)
-    return model(**inputs).logits[0].float()
+    # Not looked up without videos: a model with adapters has another config.
+    if "second_per_grid_ts" in inputs and model.config.model_type != "qwen2_5_vl":
+        del inputs["second_per_grid_ts"]
+    return model(inputs.pop("input_ids"), **inputs).logits[0].float()
 
 
 def reference_logprobs(model: transformers.PreTrainedModel, row: MicroBatch) -> torch.Tensor:

@@ -42,7 +42,9 @@ def test_an_iterator_left_behind_by_an_error_does_not_start_a_ray(monkeypatch: p
         next(group.generate([(prompt(0), settings(n=4))]))
 
 
-def test_the_load_counts_what_engines_have_and_what_has_no_room() -> None:
+def test_the_load_counts_what_engines_have_and_what_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Another test of this process may have left Ray running, which cancels no references that are not its own.
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     group = EngineGroup(EnginePool([Engine(), Engine()]), room=4, timeout_s=1)
     assert group.load() == {"engines/up": 2, "engines/running": 0, "engines/waiting": 0}
     # Begins with the call: one of three completions in each engine, the other three wait.

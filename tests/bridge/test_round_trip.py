@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.bridge import round_trip_models as models
 from tests.bridge.family_models import CONFIGS
@@ -349,8 +349,9 @@ def test_what_is_saved_gives_transformers_the_same_logits(
     name = next(name for name in reversed(MATRIX) if name.endswith(f"/{family}"))
     outcomes(name)
     tokens = torch.arange(7)[None]
+    kind: Any = AutoModelForImageTextToText if "_vl" in family else AutoModelForCausalLM
     logits = [
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(tokens).logits
+        kind.from_pretrained(path, dtype=torch.float32)(tokens).logits
         for path in (root / cases[name].source, output(root, name, cases[name]))
     ]
     assert logits[0].isfinite().all()
