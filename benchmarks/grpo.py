@@ -4,8 +4,8 @@
 
 Both take the prompts of configs/grpo-smollm2.yaml in float32 and make one optimizer step of dapo from as many
 completions each, of at most as many tokens, at temperature 1, without a reference and without leaving any out.
-Runs of `bascule grpo` (one rank and one engine, two threads each) and of TRL (one process with two threads,
-whose completions come from transformers; no recomputation) alternate, each in processes of its own. A step is
+Runs of `bascule grpo` (two trainer ranks, two engines) and of TRL (one process with two threads, whose
+completions come from transformers; no recomputation) alternate, each in processes of its own. A step is
 everything from its prompts to its updated weights, in the engines too; the first of each run does not count.
 """
 
@@ -35,10 +35,7 @@ def words(options: argparse.Namespace, directory: str) -> list[str]:
         # Few enough questions that some are left to evaluate on.
         *("--dataset_size", "60", "--eval_size", "4"),
         *("--prompts_per_step", str(options.prompts), "--num_generations", "4"),
-        *("--filter_zero_variance", "false", "--exist_ok", "true", "--resume_steps", "0"),
-        # A node of a rank and an engine that take turns: two cores for each.
-        *("--data_parallel_size", "1", "--num_engines", "1", "--num_cpus", "6"),
-        *("--cpus_per_trainer_rank", str(options.threads), "--cpus_per_engine", str(options.threads)),
+        *("--filter_zero_variance", "false", "--num_cpus", "4", "--exist_ok", "true", "--resume_steps", "0"),
     ]
 
 
