@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from actors.env import threads_of
 from bridge.transport.registry import OWNED_ENGINE
 from configs.engines import EngineConfig
 from configs.errors import ConfigError
@@ -115,7 +116,7 @@ def engine_environment(model_path: str, device: str, num_cpus: float) -> dict[st
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             # By default every engine of a machine is bound to the same first cores.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(max(1, int(num_cpus))),
+            "OMP_NUM_THREADS": threads_of(num_cpus),
             **KEEP_MEMORY,
             # Even with enforce_eager, the first logprobs would compile a helper for 10 to 30 s.
             "TORCHDYNAMO_DISABLE": "1",

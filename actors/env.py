@@ -27,6 +27,11 @@ def _folder(package: str) -> Path:
     return Path(file).resolve().parent.parent
 
 
+def threads_of(cpus: float) -> str:
+    """OMP_NUM_THREADS of a process for which so many CPUs are reserved: as many threads, at least one."""
+    return str(max(1, int(cpus)))
+
+
 def resolve_device(device: str, *, elsewhere: bool = False) -> str:
     """`cpu` or `cuda`; `auto` is cuda where torch finds one. Raises ConfigError for cuda without one.
 

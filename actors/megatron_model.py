@@ -61,8 +61,7 @@ class FrozenModel:
     Parameters are of `dtype`. `load` gets the chunks, one for each virtual pipeline stage of this rank, and
     has to fill every parameter; then `adapt` gets them, to attach and fill adapters. With `mtp` the
     multi-token-prediction layers are there too, to be converted. `look` gives the patches of pictures to a model
-    that sees. Raises ConfigError when the model does not
-    fit the parallel layout.
+    that sees. Raises ConfigError when the model does not fit the parallel layout.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 
-from actors.env import check_one_source
+from actors.env import check_one_source, threads_of
 from actors.megatron_start import start_rank
 from actors.placement import Reservation
 from bridge.transport.gloo import free_port
@@ -33,7 +33,7 @@ def start_ranks(
 
     def start(rank: int) -> Any:
         options: dict[str, Any] = reservation.options(owner, rank)
-        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, int(options["num_cpus"])))
+        threads = os.environ.get("OMP_NUM_THREADS") or threads_of(options["num_cpus"])
         env = {"OMP_NUM_THREADS": threads} | (_DETERMINISTIC if deterministic else {})
         return actor_class.options(**options, runtime_env={"env_vars": env}).remote(*arguments, rank)
 

@@ -31,7 +31,7 @@ from actors.resume_state import (
 from actors.resume_writing import StateWriting
 from actors.trainer import TrainerGroup
 from algorithms.progress import Ahead, Begun, Progress
-from algorithms.prompts import PromptStream, Stream
+from algorithms.prompts import OtherDataError, PromptStream, Stream
 from bridge.partial_directory import make_partial, partial_of
 from configs.errors import ConfigError, WriteError
 from configs.schema import RunConfig
@@ -232,9 +232,7 @@ class StateKeeper:
     def _restore(self, state: State) -> None:
         manifest = state.manifest
         for name, stream in self._streams.items():
-            saved = manifest.streams[name]
-            stream.restore(saved)
-            if stream.digest() != saved["sha256"]:
+            if not _put_back(stream, manifest.streams[name]):
                 raise ConfigError(
                     f"data: the {name} are not those that {state.directory} was saved with; put the data back, or "
                     "begin anew with --resume never --exist_ok"
@@ -246,3 +244,12 @@ class StateKeeper:
         prompts = self._streams.get("prompts")
         is_ahead = isinstance(prompts, PromptStream)
         self.begun = read_ahead(state.directory, prompts.items) if is_ahead else ()
+
+
+def _put_back(stream: Stream[Any], saved: Mapping[str, Any]) -> bool:
+    """Put the stream where it was when it was saved; whether its data are still the same."""
+    try:
+        stream.restore(saved)
+    except OtherDataError:
+        return False
+    return stream.digest() == saved["sha256"]

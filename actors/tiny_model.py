@@ -1,13 +1,19 @@
 """A tiny random model with a tokenizer of its own, and the files of the task it learns."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from algorithms.arithmetic import make_splits
 
@@ -49,13 +55,21 @@ def build_tiny_model(output_dir: Path, *, seed: int) -> Path:
         eos_token_id=vocabulary[END],
         pad_token_id=vocabulary[PAD],
     )
+    save_random(lambda: Qwen3ForCausalLM(config), tokenizer, output_dir, seed)
+    return output_dir
+
+
+def save_random(
+    make: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerFast, output_dir: Path, seed: int
+) -> None:
+    """Write what `make` makes with random numbers of the seed, in float32, and the tokenizer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config).float()
+        model = make().float()
+    vocabulary = tokenizer.get_vocab()
     model.generation_config = GenerationConfig(eos_token_id=vocabulary[END], pad_token_id=vocabulary[PAD])
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    return output_dir
 
 
 def write_arithmetic(

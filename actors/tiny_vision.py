@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from actors.pictures import PREPROCESSOR
-from actors.tiny_model import END, MAX_LENGTH, PAD, train_tokenizer, write_rows
+from actors.tiny_model import END, MAX_LENGTH, PAD, save_random, train_tokenizer, write_rows
 
 START, IMAGE, VIDEO, STOP = "<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"
 CHAT_TEMPLATE = (
@@ -84,12 +83,7 @@ def build_tiny_vision_model(output_dir: Path, *, seed: int) -> Path:
         video_token_id=ids[VIDEO],
         tie_word_embeddings=True,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen3VLForConditionalGeneration(config).float()
-    model.generation_config = GenerationConfig(eos_token_id=ids[END], pad_token_id=ids[PAD])
-    model.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
+    save_random(lambda: Qwen3VLForConditionalGeneration(config), tokenizer, output_dir, seed)
     preprocessor = {
         "image_processor_type": "Qwen2VLImageProcessor",
         "patch_size": PATCH,

@@ -7,7 +7,11 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 
 from algorithms.data import IntRow
-from configs.errors import BasculeError
+from configs.errors import BasculeError, ConfigError
+
+
+class OtherDataError(ConfigError):
+    """A saved position is beyond the data: they are not those that it was a position in."""
 
 
 class HasTokens(Protocol):
@@ -39,7 +43,7 @@ class Stream(Protocol[T_co]):
         ...
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Go on after the draw at which `state` was taken. Raises BasculeError."""
+        """Go on after the draw at which `state` was taken. Raises OtherDataError."""
         ...
 
 
@@ -91,10 +95,10 @@ class PromptStream(Generic[T]):
     def restore(self, state: Mapping[str, int]) -> None:
         """Go on after the draw at which `state` was taken, given the same items, seed and shuffle.
 
-        Raises BasculeError when there are fewer items than were drawn.
+        Raises OtherDataError when there are fewer items than were drawn.
         """
         if state["offset"] >= len(self._prompts):
-            raise BasculeError(
+            raise OtherDataError(
                 f"the saved position is item {state['offset']} of an epoch, but the dataset has "
                 f"{len(self._prompts)} rows; resume with the dataset that the run was started with"
             )

@@ -8,9 +8,9 @@ import numpy as np
 from algorithms.conversations import Tokenizer, describe_counts, make_sft_sample, nothing_left
 from algorithms.data import TrainSample
 from algorithms.datasets import stream_rows
+from algorithms.prompts import OtherDataError
 from algorithms.rows import Row, content_of
 from algorithms.vision import Eye
-from configs.errors import BasculeError
 from configs.schema import RunConfig
 
 
@@ -68,14 +68,14 @@ class SampleStream:
     def restore(self, state: Mapping[str, int]) -> None:
         """Go on after the draw at which `state` was taken, given the same data, seed, shuffle and buffer.
 
-        Raises BasculeError when there are fewer rows than were drawn.
+        Raises OtherDataError when there are fewer rows than were drawn.
         """
         self._begin(state["epoch"])
         # Some draw before may have given a sample; that none does would have been found then.
         self._is_fruitful = state["offset"] > 0
         for drawn in range(state["offset"]):
             if self._draw() is None:
-                raise BasculeError(
+                raise OtherDataError(
                     f"the saved position is row {state['offset']} of a pass, but the data have {drawn} rows; "
                     "resume with the data that the run was started with"
                 )

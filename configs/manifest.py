@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from configs.schema import RunConfig
 from configs.section import Names, Section
+from configs.web import has_password
 
 _SECRET = re.compile(
     r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY)", re.IGNORECASE
@@ -175,5 +176,5 @@ def _addresses(value: object, place: str) -> Iterator[str]:
     elif isinstance(value, list):
         for index, inner in enumerate(cast("list[object]", value)):
             yield from _addresses(inner, f"{place}.{index}")
-    elif isinstance(value, str) and re.search(r"://[^/@\s]*:[^/@\s]+@", value):
+    elif isinstance(value, str) and has_password(value):
         yield f"{place}: has a password in its address, which would stand in the ConfigMap in clear"

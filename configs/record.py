@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from configs.section import Section
+from configs.section import Section, split_names
 
 Tracker = Literal["wandb", "mlflow"]
 
@@ -32,9 +32,7 @@ class RecordConfig(Section):
     @classmethod
     def _names(cls, value: object) -> object:
         """`wandb,mlflow` as well as a list; null and none for none."""
-        if value is None or value == "none":
-            return ()
-        return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+        return () if value == "none" else split_names(value)
 
     @model_validator(mode="after")
     def _once_each(self) -> Self:

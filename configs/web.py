@@ -22,6 +22,11 @@ def _without_password(url: str) -> str:
     return url
 
 
+def has_password(text: str) -> bool:
+    """Whether a text is, or has in it, an address with a password."""
+    return re.search(r"://[^/@\s]*:[^/@\s]+@", text) is not None
+
+
 def without_passwords(text: str) -> str:
     """A text for a message, with what comes before a host in URLs left out."""
     return re.sub(r"[^\s/'\"]*:[^\s/'\"]+@", "...@", text)

@@ -8,20 +8,9 @@ from actors.metrics import RunRecorder, plot_curve
 from actors.token_texts import token_texts
 from algorithms.data import Group, Prompt, Rollout, Scored, TokenRecord, float_row, int_row
 from algorithms.evaluation import reward_metrics
+from tests.actors.consoles import Console
 
 NAN = float("nan")
-
-
-class Console:
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.done: list[tuple[int, int]] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-    def progress(self, done: int, total: int) -> None:
-        self.done.append((done, total))
 
 
 def scored() -> Scored:

@@ -18,19 +18,9 @@ from actors.resume_state import read_state, states
 from algorithms.data import Prompt, int_row
 from algorithms.progress import Begun, Progress
 from algorithms.prompts import PromptStream
-from configs.errors import WriteError, naming
+from configs.errors import ConfigError, WriteError, naming
 from configs.schema import RunConfig
-
-
-class Console:
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-    def progress(self, done: int, total: int) -> None:
-        pass
+from tests.actors.consoles import Console
 
 
 class Trainers:
@@ -210,3 +200,19 @@ def test_a_directory_that_is_gone_ends_the_run_with_its_name(tmp_path: Path) -> 
 
     with pytest.raises(WriteError, match=r"metrics\.jsonl is gone"):
         lost()
+
+
+@pytest.mark.parametrize("kept", [1, 39])
+def test_other_data_are_refused_by_name_also_where_they_are_fewer_than_were_drawn(
+    tmp_path: Path, kept: int
+) -> None:
+    rig = Rig(tmp_path, checkpoint={"resume_steps": 2})
+    with rig.running() as keeper:
+        rig.step(keeper, 1)
+        rig.step(keeper, 2)
+        keeper.settle()
+    fewer = {"prompts": PromptStream(rig.stream.items[:kept], seed=0, shuffle=True)}
+    (saved,) = states(tmp_path)
+    ending = Ending(rig.config, rig.console, time.monotonic())
+    with pytest.raises(ConfigError, match=r"data: the prompts are not those that .*step-2 was saved with"):
+        StateKeeper(rig.config, tmp_path, rig.trainers, rig.recorder, fewer, read_state(saved), ending)

@@ -10,6 +10,7 @@ from typing import Any
 from actors.metrics import RunRecorder
 from actors.spans import Span, SpanLog, Taken, traced
 from actors.trace import OLDER, TRACE, TraceFile
+from tests.actors.consoles import Console
 
 
 class Worker:
@@ -21,17 +22,6 @@ class Worker:
         with self.spans("part"):
             await asyncio.sleep(0.02)
         return number
-
-
-class Console:
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-    def progress(self, done: int, total: int) -> None:
-        pass
 
 
 def taken(*names: str) -> Taken:

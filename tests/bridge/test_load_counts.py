@@ -1,23 +1,19 @@
 """vLLM's count of what a loader copies, remembered: it has to be the very count that vLLM makes."""
 
 import inspect
-import warnings
 from typing import Any
 
 import pytest
 import torch
+
+from tests.bridge.vllm_modules import import_quietly
 
 pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
 def fixes() -> Any:
-    with warnings.catch_warnings():
-        # Of what vLLM imports.
-        warnings.simplefilter("ignore")
-        from bridge.transport import vllm_fixes
-
-    return vllm_fixes
+    return import_quietly("bridge.transport.vllm_fixes")
 
 
 class Rows:

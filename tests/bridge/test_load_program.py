@@ -1,23 +1,19 @@
 """Weights loaded by recorded copies, against vLLM's own reload of the same weights, bit by bit."""
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 
+from tests.bridge.vllm_modules import import_quietly
+
 pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
 def program() -> Any:
-    with warnings.catch_warnings():
-        # Of what vLLM imports.
-        warnings.simplefilter("ignore")
-        from bridge.transport import load_program
-
-    return load_program
+    return import_quietly("bridge.transport.load_program")
 
 
 Loader = Callable[..., None]
