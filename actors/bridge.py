@@ -14,6 +14,7 @@ from actors.events import Event, unheard
 from actors.placement import Reservation
 from actors.sync_watch import StalledError, SyncWatch
 from actors.trainer import TrainerGroup
+from algorithms.data import Vision
 from bridge.relay import ManifestEntry
 from bridge.sync_plan import cut_plan, to_wire
 from bridge.sync_protocol import SyncOrder
@@ -43,13 +44,15 @@ class WeightBridge:
         *,
         version: int | None = 0,
         probe: Sequence[int] = (),
+        vision: Vision | None = None,
         event: Event = unheard,
         adapter: Mapping[str, Any] | None = None,
     ) -> None:
         """Give everyone the plan and connect the groups, within cluster.start_timeout_s.
 
         `version` is the one that engines start with; None when their weights are of no use. `probe` are the
-        tokens that bridge.check_logprobs_every scores. `event` is told when a sync has to be made again.
+        tokens that bridge.check_logprobs_every scores, `vision` is what they show. `event` is told when a sync has
+        to be made again.
         `adapter` is the content of an adapter_config.json when the trainers' plan is that of an adapter.
         """
         self._settings = config.bridge
@@ -69,7 +72,7 @@ class WeightBridge:
             else HostedBridge(*common)
         )
         self._version = version
-        self._probe = tuple(probe)
+        self._probe = tuple(probe), vision
         self._event = event
         self._adapter = adapter
         self._sent = False
@@ -120,8 +123,8 @@ class WeightBridge:
 
     def _compare(self) -> dict[str, float]:
         """How far trainer and engines are apart on the probe: weights that are right leave only rounding."""
-        expected = self._trainers.score(self._probe)
-        found = self._engines.score(self._probe)
+        expected = self._trainers.score(*self._probe)
+        found = self._engines.score(*self._probe)
         differences = [abs(one - other) for row in found for one, other in zip(row, expected, strict=True)]
         return {
             "sync/logprob_difference_mean": sum(differences) / len(differences),

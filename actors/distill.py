@@ -20,6 +20,7 @@ from algorithms.conversations import make_prompts, make_sft_samples
 from algorithms.data import Prompt, TrainSample
 from algorithms.datasets import Row, read_rows, read_splits
 from algorithms.prompts import HasTokens, PromptStream
+from algorithms.vision import Eye
 from configs.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Lessons:
     held_out: tuple[TrainSample, ...]
 
 
-def make_lessons(config: RunConfig, tokenizer: Any) -> Lessons:
+def make_lessons(config: RunConfig, tokenizer: Any, eye: Eye | None = None) -> Lessons:
     """Prompts where there are on-policy steps, samples where there are others; held-out samples.
 
     Raises ConfigError naming the row that is of no use.
@@ -62,13 +63,14 @@ def make_lessons(config: RunConfig, tokenizer: Any) -> Lessons:
                 tokenizer,
                 config.sft,
                 data,
+                eye,
             ).kept
         )
 
     check_column([*rows, *held_out], config)
     prompts: list[Prompt] = []
     if config.has_engines or settings.seq_kd:
-        prompts = make_prompts([without_answer(row) for row in rows], tokenizer, data)
+        prompts = make_prompts([without_answer(row) for row in rows], tokenizer, data, eye)
     return Lessons(
         prompts=tuple(prompts),
         samples=to_samples(rows) if settings.lmbda < 1 and not settings.seq_kd else (),
@@ -154,7 +156,7 @@ def _start(
     sources, device, lessons = prepared.sources, prepared.device, prepared.lessons
     if config.has_engines:
         assert lessons is not None, "prepared for gkd"
-        probe = lessons.prompts[0].tokens.tolist()
+        probe = lessons.prompts[0]
         with launch(
             *(config, sources, device, reservation, directory, console), probe=probe, event=recorder.event
         ) as actors:

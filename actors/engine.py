@@ -9,14 +9,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from actors.engine_completion import joined, piece_params
 from actors.engine_episode import Player, episode
 from actors.engine_scoring import rows_of, scoring_params, top_tokens
+from actors.engine_vision import Eyes, Shown, engine_input
 from actors.engine_watch import LOOK_S, EngineWatch
 from actors.spans import SpanLog, Taken, traced
-from algorithms.data import FloatRow, Group, IntRow, Prompt, Rollout, SamplingSettings, TopTokens
+from algorithms.data import FloatRow, Group, IntRow, Prompt, Rollout, SamplingSettings, TopTokens, Vision
 from algorithms.environments.calling import EnvironmentFailedError
 from bridge.progress import EngineProgress
 from configs.errors import BasculeError, ConfigError
@@ -53,6 +55,7 @@ class _Request:
 
     name: str
     prompt: Prompt
+    shown: Shown | None
     sampling: SamplingSettings
     unfinished: int
     aborted: bool = False
@@ -109,6 +112,7 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
+            self._eyes = Eyes(Path(self._arguments["model"]), self._config)
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._arguments))
             await self._llm.update_weight_version(str(self._version))
             await self._watch.begin(self._llm)
@@ -158,9 +162,9 @@ class Engine:
                 f"{sampling.max_tokens} exceed the engine's max_model_len {limit}"
             )
         self._requests += 1
-        request = _Request(
-            name=f"{self._requests}-{prompt.id}", prompt=prompt, sampling=sampling, unfinished=sampling.n
-        )
+        name = f"{self._requests}-{prompt.id}"
+        shown = await self._eyes.see(prompt.vision, f"prompt {prompt.id}")
+        request = _Request(name=name, prompt=prompt, shown=shown, sampling=sampling, unfinished=sampling.n)
         self._in_flight[request.name] = request
         try:
             async with asyncio.TaskGroup() as group:
@@ -175,27 +179,27 @@ class Engine:
         return Group(prompt=prompt, rollouts=tuple(task.result() for task in tasks))
 
     @traced("score tokens")
-    async def score(self, tokens: Sequence[int]) -> list[float]:
+    async def score(self, tokens: Sequence[int], vision: Vision | None = None) -> list[float]:
         """Log-probability of each token but the first given those before it, by the model at temperature 1.
 
         Takes one token less than the model's length. Raises EngineError as `generate` does.
         """
-        _, logprobs = await self._scored(tokens, 0)
+        _, logprobs = await self._scored(tokens, 0, vision)
         return logprobs[:, 0].tolist()
 
     @traced("top tokens")
-    async def top_tokens(self, tokens: Sequence[int], k: int) -> TopTokens:
+    async def top_tokens(self, tokens: Sequence[int], k: int, vision: Vision | None = None) -> TopTokens:
         """The model's k likeliest tokens in place of each token, at temperature 1, the likeliest first.
 
         Takes one token less than the model's length. Raises EngineError as `generate` does.
         """
-        return top_tokens(*await self._scored(tokens, k))
+        return top_tokens(*await self._scored(tokens, k, vision))
 
-    async def _scored(self, tokens: Sequence[int], k: int) -> tuple[IntRow, FloatRow]:
-        from vllm.inputs import tokens_input
-
+    async def _scored(self, tokens: Sequence[int], k: int, vision: Vision | None) -> tuple[IntRow, FloatRow]:
         self._require_good_weights("a sequence to score")
-        row = tokens_input([int(token) for token in tokens])
+        row = engine_input(
+            [int(token) for token in tokens], await self._eyes.see(vision, "a sequence to score")
+        )
         params = scoring_params(k)
         self._requests += 1
         name = f"{self._requests}-score"
@@ -291,6 +295,8 @@ class Engine:
             # An update does not do it: cached prefixes were computed by the old weights.
             if not await self._llm.reset_prefix_cache(reset_running_requests=True):
                 raise EngineError(f"{self._name}: stays paused: vLLM did not drop its prefix cache")
+            if self._eyes.are_there:
+                await self._llm.reset_encoder_cache()
             await self._llm.resume_generation()
         except Exception as error:
             raise self._failure("resume", error) from error
@@ -355,14 +361,12 @@ class Engine:
 
     async def _sample(self, request: _Request, turn: _Turn, before: Sequence[Any]) -> Any:
         """What vLLM completes of one turn, up to a pause that aborts it."""
-        # Not TokensPrompt, which vLLM puts through a thread first: an abort meanwhile would not find it.
-        from vllm.inputs import tokens_input
-
         tokens = [*turn.prompt.tokens.tolist(), *(token for piece in before for token in piece.token_ids)]
         params = piece_params(turn.sampling, turn.index, before)
         output: Any = None
         name, lora = request.name_of(turn.index), self._lora_request
-        async for answer in self._llm.generate(tokens_input(tokens), params, name, lora_request=lora):
+        row = engine_input(tokens, request.shown)
+        async for answer in self._llm.generate(row, params, name, lora_request=lora):
             (output,) = answer.outputs
         return output
 

@@ -14,7 +14,7 @@ from actors.engine import EngineInfo
 from actors.engine_pool import EngineLostError, EnginePool, Member
 from actors.engine_work import Job, Running, Suspicions, Work, given_up
 from actors.events import Event, unheard
-from algorithms.data import Group, Prompt, SamplingSettings
+from algorithms.data import Group, Prompt, SamplingSettings, Vision
 from configs.errors import BasculeError
 
 LOG = logging.getLogger(__name__)
@@ -215,10 +215,11 @@ class EngineGroup:
         members = self.members
         return sum(self.wait(members, [m.actor.abort_all.remote() for m in members], "abort of completions"))
 
-    def score(self, tokens: Sequence[int]) -> list[list[float]]:
+    def score(self, tokens: Sequence[int], vision: Vision | None = None) -> list[list[float]]:
         """What every engine that is up says: the log-probability of each token but the first, at temperature 1."""
         members = self.members
-        return self.wait(members, [m.actor.score.remote(list(tokens)) for m in members], "score of a prompt")
+        refs = [member.actor.score.remote(list(tokens), vision) for member in members]
+        return self.wait(members, refs, "score of a prompt")
 
     def info(self) -> list[EngineInfo]:
         """State of every engine that is up."""

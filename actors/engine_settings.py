@@ -1,5 +1,6 @@
 """What vLLM is told: arguments and environment of an engine."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,17 @@ def _arguments(config: RunConfig, engine: EngineConfig, model_path: str, device:
         "seed": config.seed,
         "disable_log_stats": True,
         **_memory_arguments(engine, device),
+        **_vision_arguments(model_path, device),
     }
+
+
+def _vision_arguments(model_path: str, device: str) -> dict[str, Any]:
+    """Of a model that sees: pictures come ready, and which ones are at hand is known to the caller alone."""
+    path = Path(model_path) / "config.json"
+    if not path.is_file() or "vision_config" not in json.loads(path.read_text()):
+        return {}
+    # What a CPU has for pictures is not measured: the room for prefixes is given in bytes.
+    return {"mm_processor_cache_gb": 0, "skip_mm_profiling": device == "cpu"}
 
 
 def _lora_arguments(rank: int, modules: Sequence[str] | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from actors.model_source import Contents, ModelSource
-from bridge.transport.registry import IGNORED_ADAPTERS
+from bridge.transport.registry import IGNORED_ADAPTERS, SEEING
 from configs.errors import ConfigError
 
 _DEEPSEEK_V3 = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
@@ -22,6 +22,12 @@ def check_routing(directory: Path, hf_config: Mapping[str, Any]) -> None:
         if wrong:
             lines = ", ".join(f'"{key}": "{value}"' for key, value in wrong.items())
             raise ConfigError(f"{path}: vLLM routes a deepseek_v3 wrongly without these keys; add {lines}")
+    text = hf_config.get("text_config") or {}
+    if model_type == "qwen3_vl_moe" and text.get("norm_topk_prob") is not True:
+        raise ConfigError(
+            f'{path}: vLLM needs to be told what transformers takes for granted; add "norm_topk_prob": true to '
+            "its text_config"
+        )
     groups, chosen = hf_config.get("n_group") or 1, hf_config.get("topk_group") or 1
     if model_type == "deepseek_v2" and hf_config.get("topk_method") == "greedy" and groups != chosen:
         raise ConfigError(
@@ -42,8 +48,19 @@ def check_engines(directory: Path, hf_config: Mapping[str, Any], tensor_parallel
             f"{directory / 'config.json'}: model_type gpt_oss cannot be trained by grpo: vLLM 0.32 cannot load "
             "its experts and sinks into a running engine; sft and export work"
         )
+    check_sight(directory, hf_config)
     check_routing(directory, hf_config)
     check_workers(hf_config, tensor_parallel_size, "rollout.tensor_parallel_size")
+
+
+def check_sight(directory: Path, hf_config: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a model that sees which engines cannot show pictures."""
+    architectures = hf_config.get("architectures") or ()
+    if hf_config.get("vision_config") and not set(architectures) <= SEEING.keys():
+        raise ConfigError(
+            f"{directory / 'config.json'}: architectures is {list(architectures)}; of models that see engines run "
+            f"{', '.join(SEEING)}; sft and export work for others"
+        )
 
 
 def check_workers(hf_config: Mapping[str, Any], workers: int, option: str) -> None:

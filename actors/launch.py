@@ -1,6 +1,6 @@
 """Trainers, engines and the bridge between them, started together."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from actors.metrics import warn
 from actors.placement import Reservation
 from actors.trainer import TrainerGroup
 from actors.trainer_rank import Sources
+from algorithms.data import Prompt
 from configs.schema import RunConfig
 
 
@@ -45,12 +46,12 @@ def launch(
     directory: Path,
     console: Console,
     *,
-    probe: Sequence[int],
+    probe: Prompt,
     event: Event,
 ) -> Generator[Launched]:
     """Start them, at the same time; engines are watched until the end of the `with` statement.
 
-    `probe` are the tokens that bridge.check_logprobs_every scores. Warnings of the trainers go to the console,
+    `probe` is the prompt that bridge.check_logprobs_every scores. Warnings of the trainers go to the console,
     checkpoints and losses to `event`.
     """
     source, adapter = sources.model, sources.adapter
@@ -80,7 +81,8 @@ def launch(
             engines,
             # An adapter that has been trained before is not in the files that engines read.
             version=0 if source.mcore is None and (adapter is None or adapter.is_new) else None,
-            probe=probe,
+            probe=probe.tokens.tolist(),
+            vision=probe.vision,
             event=event,
             adapter=None if sent is None else sent.peft_config(source.directory),
         )

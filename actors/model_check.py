@@ -26,11 +26,6 @@ def check_model(source: ModelSource, config: RunConfig, *, has_engines: bool) ->
     """Config, layout, and the headers of the weights, against each other. Raises ConfigError."""
     family, spec = spec_of(source.directory)
     hf_config = read_hf_config(source.directory)
-    if spec.vision is not None and config.algorithm != "sft":
-        raise ConfigError(
-            f"{source.directory / 'config.json'}: model_type {hf_config['model_type']} sees pictures; only sft "
-            f"trains such models, and not {config.algorithm}"
-        )
     if has_engines:
         check_engines(source.directory, hf_config, config.rollout.tensor_parallel_size)
     check_layout(spec, config.trainer)

@@ -109,10 +109,10 @@ def prepare(config: RunConfig) -> Prepared:
         sources = _with_reference(config, sources, policy)
     size = model_size(source, contents.tensors)
     tokenizer = load_tokenizer(source.directory)
-    teacher = find_teacher(config, source)
-    sources = replace(sources, teacher=source_in_trainer(config, teacher))
-    lessons = make_lessons(config, tokenizer) if config.algorithm == "gkd" else None
     eye = PictureReader(source.directory, spec.vision, config.vision) if spec.vision else None
+    teacher = find_teacher(config, source, eye and eye.sight)
+    sources = replace(sources, teacher=source_in_trainer(config, teacher))
+    lessons = make_lessons(config, tokenizer, eye) if config.algorithm == "gkd" else None
     stream = open_stream(config, tokenizer, eye) if config.data.streaming else None
     prompts, held_out, samples, held_out_samples = _read_data(config, tokenizer, lessons, eye)
     if config.algorithm == "sft":
@@ -157,7 +157,7 @@ def _read_data(
     check_column([*rows, *held_out], config)
     if config.algorithm == "grpo":
         none = Samples(kept=(), truncated=0, dropped=0)
-        prompts, others = (make_prompts(part, tokenizer, config.data) for part in (rows, held_out))
+        prompts, others = (make_prompts(part, tokenizer, config.data, eye) for part in (rows, held_out))
         return prompts, others, none, none
     prompts = list(lessons.prompts) if lessons else []
     samples, held_out_samples = (
@@ -319,7 +319,7 @@ def _run_grpo(
     from actors.reward_worker import SwappableRewards, create_reward_group
 
     start = time.monotonic()
-    probe = prepared.prompts[0].tokens.tolist()
+    probe = prepared.prompts[0]
     with (
         open_teacher(config, prepared.teacher, reservation, recorder.event) as asked,
         launch(

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.engine_support import check_routing, check_workers, language_config
+from actors.engine_support import check_routing, check_sight, check_workers, language_config
 from actors.events import Event
 from actors.model_check import check_model
 from actors.model_source import ModelSize, ModelSource, find_model, load_tokenizer, model_size, read_contents
+from actors.pictures import sight_of
 from actors.placement import Reservation
 from actors.teacher_server import TeacherServers
 from algorithms.data import Prompt, TrainSample
 from algorithms.datasets import Row
-from bridge.families import read_hf_config
+from algorithms.vision import Sight
+from bridge.families import read_hf_config, spec_of
 from configs.errors import ConfigError
 from configs.schema import RunConfig
 from configs.web import bearer
@@ -31,13 +33,18 @@ class Teacher:
     size: ModelSize
 
 
-def find_teacher(config: RunConfig, student: ModelSource) -> Teacher | None:
+def find_teacher(config: RunConfig, student: ModelSource, sight: Sight | None = None) -> Teacher | None:
     """The model that teaches, unless there is none or it is behind a URL.
 
-    Raises ConfigError when it does not fit the student's layout or vLLM, or has not the student's tokenizer, and
-    when the key of servers is not there.
+    `sight` is how the student sees, if it does. Raises ConfigError when the teacher does not fit the student's
+    layout or vLLM, has not its tokenizer or sees otherwise, and when the key of servers is not there.
     """
     if not config.has_teacher or config.teacher_place == "server":
+        if config.has_teacher and sight is not None:
+            raise ConfigError(
+                "teacher.teacher_model_server: no pictures are sent to servers; give the teacher of a model that "
+                "sees as model.teacher_model"
+            )
         bearer(config.teacher.teacher_api_key_env, "teacher.teacher_api_key_env")
         return None
     source = find_model(config.model.teacher_model, config.model.mcore_teacher_model, "model.teacher_model")
@@ -47,6 +54,7 @@ def find_teacher(config: RunConfig, student: ModelSource) -> Teacher | None:
         _check_engine(source, config)
         contents = read_contents(source)
     check_same_tokens(load_tokenizer(student.directory), load_tokenizer(source.directory), source.directory)
+    _check_sight(source, sight)
     return Teacher(source=source, size=model_size(source, contents.tensors))
 
 
@@ -59,6 +67,7 @@ def _check_engine(source: ModelSource, config: RunConfig) -> None:
     """Raises ConfigError for what vLLM would compute wrongly, or could not."""
     hf_config = read_hf_config(source.directory)
     check_routing(source.directory, hf_config)
+    check_sight(source.directory, hf_config)
     workers = config.teacher.engine.tensor_parallel_size
     check_workers(hf_config, workers, "teacher.engine.tensor_parallel_size")
     k = config.gkd.gkd_logits_topk
@@ -84,6 +93,21 @@ def check_teacher_room(
         raise ConfigError(
             f"teacher.engine.max_model_len: {limit} is too short for {max(needed)} tokens and one of vLLM's; "
             f"set it to {max(needed) + 1} or more, if the teacher allows that, or shorten what it reads"
+        )
+
+
+def _check_sight(source: ModelSource, sight: Sight | None) -> None:
+    """Raises ConfigError unless the teacher takes as many tokens for a picture, in the same places."""
+    if sight is None:
+        return
+    vision = spec_of(source.directory)[1].vision
+    theirs = None if vision is None else sight_of(vision)
+    if theirs != sight:
+        how = "sees no pictures" if theirs is None else "sees otherwise"
+        raise ConfigError(
+            f"model.teacher_model: {source.directory} {how}; "
+            "the teacher of a model that sees has to have its tokens of pictures, and as many of them for each "
+            f"({theirs} is not {sight})"
         )
 
 

@@ -10,7 +10,16 @@ from actors.engine_start import start_pool
 from actors.engine_work import Job
 from actors.events import Event, unheard
 from actors.placement import Reservation
-from algorithms.data import FloatRow, Group, Prompt, SamplingSettings, TopTokens, TrainSample, float_row
+from algorithms.data import (
+    FloatRow,
+    Group,
+    Prompt,
+    SamplingSettings,
+    TopTokens,
+    TrainSample,
+    Vision,
+    float_row,
+)
 from configs.schema import RunConfig
 
 
@@ -34,12 +43,14 @@ class TeacherEngines:
     def top_tokens(self, samples: Sequence[TrainSample]) -> list[TopTokens]:
         """For each sample the teacher's k likeliest tokens in place of each of its tokens. Raises like
         EngineGroup.perform."""
-        return self._ask(samples, lambda actor, tokens: actor.top_tokens.remote(tokens, self._k))
+        return self._ask(
+            samples, lambda actor, tokens, vision: actor.top_tokens.remote(tokens, self._k, vision)
+        )
 
     def token_logprobs(self, samples: Sequence[TrainSample]) -> list[FloatRow]:
         """For each sample the teacher's log-probability of each of its tokens, 0 for the first. Raises like
         EngineGroup.perform."""
-        rows = self._ask(samples, lambda actor, tokens: actor.score.remote(tokens))
+        rows = self._ask(samples, lambda actor, tokens, vision: actor.score.remote(tokens, vision))
         return [float_row([0.0, *row]) for row in rows]
 
     def generate(self, requests: Iterable[tuple[Prompt, SamplingSettings]]) -> Iterator[Group]:
@@ -54,14 +65,20 @@ class TeacherEngines:
         """Stop watching the engines."""
         self._engines.close()
 
-    def _ask(self, samples: Sequence[TrainSample], begin: Callable[[Any, list[int]], Any]) -> list[Any]:
-        def job(number: int, tokens: list[int]) -> Job:
-            name = f"sample {number} of the step"
+    def _ask(
+        self, samples: Sequence[TrainSample], begin: Callable[[Any, list[int], Vision | None], Any]
+    ) -> list[Any]:
+        def job(number: int, sample: TrainSample) -> Job:
+            name, tokens = f"sample {number} of the step", sample.tokens.tolist()
             return Job(
-                name=name, size=1, begin=lambda actor: begin(actor, tokens), key=(name, None), number=number
+                name=name,
+                size=1,
+                begin=lambda actor: begin(actor, tokens, sample.vision),
+                key=(name, None),
+                number=number,
             )
 
-        jobs = (job(number, sample.tokens.tolist()) for number, sample in enumerate(samples))
+        jobs = (job(number, sample) for number, sample in enumerate(samples))
         answers = {each.number: answer for each, answer in self._engines.perform(jobs)}
         return [answers[number] for number in range(len(samples))]
 

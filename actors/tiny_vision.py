@@ -96,14 +96,15 @@ def build_tiny_vision_model(output_dir: Path, *, seed: int) -> Path:
 
 
 def write_numbers(output_dir: Path, seed: int, *, train: int = 2000, held_out: int = 200) -> Path:
-    """Write sft.jsonl, eval.jsonl and the pictures of their rows to `output_dir`, and return it.
+    """Write train.jsonl, eval.jsonl and the pictures of their rows to `output_dir`, and return it.
 
-    Of the hundred numbers of two digits ten are only in eval.jsonl.
+    Rows are {"prompt", "completion", "answer"}, for sft and grpo. Of the hundred numbers of two digits ten are
+    only in eval.jsonl.
     """
     generator = random.Random(seed)
     numbers = [f"{number:02d}" for number in range(100)]
     generator.shuffle(numbers)
-    for name, chosen, count in (("sft", numbers[10:], train), ("eval", numbers[:10], held_out)):
+    for name, chosen, count in (("train", numbers[10:], train), ("eval", numbers[:10], held_out)):
         folder = output_dir / f"{name}-pictures"
         folder.mkdir(parents=True, exist_ok=True)
         write_rows(output_dir / f"{name}.jsonl", _rows(folder, chosen, count, generator))
@@ -115,9 +116,8 @@ def _rows(folder: Path, numbers: list[str], count: int, generator: random.Random
         number, path = generator.choice(numbers), folder / f"{row}.png"
         draw_number(number, generator).save(path)
         question = [{"type": "image", "image": str(path)}, {"type": "text", "text": "number"}]
-        yield {
-            "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": number}],
-        }
+        prompt = [{"role": "user", "content": question}]
+        yield {"prompt": prompt, "completion": number, "answer": number}
 
 
 def draw_number(number: str, generator: random.Random) -> Image.Image:

@@ -14,7 +14,7 @@ from actors.placement import Reservation
 from actors.ranks import start_ranks
 from actors.stacks import end_processes, own_actors
 from actors.trainer_rank import Sources, Started, TrainerRank
-from algorithms.data import Batch, FloatRow, StepResult, TrainSample, float_row, int_row
+from algorithms.data import Batch, FloatRow, StepResult, TrainSample, Vision, float_row, int_row
 from algorithms.packing import pack
 from configs.errors import BasculeError
 from configs.schema import RunConfig
@@ -118,12 +118,14 @@ class TrainerGroup:
         self.changes += 1
         self._all([rank.move_reference.remote(share) for rank in self.ranks], "move of the reference")
 
-    def score(self, tokens: Sequence[int]) -> list[float]:
+    def score(self, tokens: Sequence[int], vision: Vision | None = None) -> list[float]:
         """Log-probability of each token but the first under the policy, at temperature 1."""
         layout = self._config.trainer
         row, zeros = int_row(tokens), float_row([0.0] * len(tokens))
         ones = int_row([1] * len(tokens))
-        sample = TrainSample(tokens=row, loss_mask=ones, advantages=zeros, logprobs=zeros, version=0)
+        sample = TrainSample(
+            tokens=row, loss_mask=ones, advantages=zeros, logprobs=zeros, version=0, vision=vision
+        )
         replicas = layout.data_parallel_size
         batch = pack([sample] * replicas, layout)
         return self._logprobs(batch, reference=False, temperature=1.0)[0][0][: len(tokens) - 1].tolist()

@@ -16,6 +16,7 @@ from actors.spans import SpanLog, Taken, traced
 from actors.sync_rank import SyncRank
 from algorithms.data import FloatRow, MicroBatch, StepResult
 from bridge.plan import TORCH_DTYPES, Plan
+from bridge.rules import MegatronSpec
 from configs.schema import RunConfig
 from configs.sizes import parse_size
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from actors.megatron_model import FrozenModel, MegatronModel
     from actors.megatron_setup import Device
     from actors.megatron_teacher import ScoringTeacher, Teacher
+    from actors.megatron_vision import Look
     from bridge.adapter_bridge import AdapterBridge
     from bridge.model_bridge import ModelBridge
 
@@ -108,9 +110,7 @@ class TrainerRank:
             self._adapters = sources.adapter.bridge(self._weights)
             adapt = partial(_adapt, self._adapters, sources.adapter, config.seed, warnings)
         load = partial(_load, self._weights, source, warnings)
-        spec, look = self._weights.spec, None
-        if spec.vision is not None:
-            look = PictureReader(source.directory, spec.vision, config.vision).patches
+        spec, look = self._weights.spec, self._look(source, self._weights.spec)
         self._model = MegatronModel(config, spec, device=device, load=load, adapt=adapt, look=look)
         if sources.reference is not None:
             self._reference = self._load_frozen(sources.reference, sources.reference_adapter, warnings)
@@ -137,10 +137,17 @@ class TrainerRank:
             bridge.spec,
             device=cast("Device", self._device),
             load=partial(_load, bridge, source, warnings),
+            look=self._look(source, bridge.spec),
             adapt=None
             if adapter is None
             else partial(_adapt, adapter.bridge(bridge), adapter, self._config.seed, warnings),
         )
+
+    def _look(self, source: ModelSource, spec: MegatronSpec) -> "Look | None":
+        """How a model gets to see pictures: with its own processor, if it sees at all."""
+        if spec.vision is None:
+            return None
+        return PictureReader(source.directory, spec.vision, self._config.vision).patches
 
     def _load_teacher(self, source: ModelSource | None, warnings: list[str]) -> "Teacher":
         from actors.megatron_teacher import GivenTeacher, MegatronTeacher

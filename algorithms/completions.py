@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from algorithms.data import Group, Prompt, Rollout, SamplingSettings, TrainSample, float_row, int_row
+from algorithms.vision import followed
 from configs.schema import RunConfig
 
 
@@ -44,4 +45,5 @@ def sample_of(prompt: Prompt, rollout: Rollout, teacher: str = "") -> TrainSampl
         logprobs=float_row(np.concatenate([before, rollout.logprobs])),
         version=rollout.versions[0],
         teacher=teacher,
+        vision=followed(prompt.vision, tokens.size),
     )

@@ -3,11 +3,14 @@
 import base64
 import binascii
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from algorithms.data import Message
-from algorithms.rows import Row
 from configs.errors import ConfigError
+
+if TYPE_CHECKING:
+    # `bascule view` starts without numpy.
+    from algorithms.data import Message
+    from algorithms.rows import Row
 
 Source = str | bytes
 """A picture's path, or what is in its file."""
@@ -17,9 +20,10 @@ TAG = "<image>"
 
 # How PNG, JPEG, GIF and WebP begin in base64: rows may hold that without saying so.
 _ENCODED = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
+_SHORT = 64
 
 
-def split_pictures(row: Row, messages: Sequence[Message]) -> tuple[list[Message], list[Source]]:
+def split_pictures(row: "Row", messages: "Sequence[Message]") -> "tuple[list[Message], list[Source]]":
     """The messages with `{"type": "image"}` in place of each picture, and the pictures in order.
 
     Raises ConfigError naming the row for an entry that is no text and no image, for one that is only on the
@@ -42,13 +46,30 @@ def split_pictures(row: Row, messages: Sequence[Message]) -> tuple[list[Message]
     return split, sources
 
 
-def has_pictures(row: Row, messages: Sequence[Message]) -> bool:
-    """Whether a row has more than text."""
-    return bool(row.columns.get("images")) or any(not isinstance(m["content"], str) for m in messages)
+def text_of(content: Any) -> str:
+    """What a content says, with a tag where it has a picture."""
+    if isinstance(content, str):
+        return content
+    entries = cast(Sequence[Mapping[str, Any]], content or ())
+    return "".join(entry["text"] if entry.get("type") == "text" else TAG for entry in entries)
+
+
+def without_files(value: Any) -> Any:
+    """The same with what is in a picture's file told by its size: what is recorded is to be read."""
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    if isinstance(value, str):
+        is_file = len(value) > _SHORT and value.startswith(("data:image", *_ENCODED))
+        return f"{value[:_SHORT]}... ({len(value)} characters)" if is_file else value
+    if isinstance(value, Mapping):
+        return {name: without_files(each) for name, each in cast(Mapping[Any, Any], value).items()}
+    if isinstance(value, list | tuple):
+        return [without_files(each) for each in cast(Sequence[Any], value)]
+    return value
 
 
 def _entries(
-    row: Row, content: Any, given: Iterator[Any]
+    row: "Row", content: Any, given: Iterator[Any]
 ) -> Iterator[tuple[Mapping[str, str], Source | None]]:
     """Each entry as templates take it, and its picture if it is one."""
     if isinstance(content, str):
@@ -82,7 +103,7 @@ def _entries(
             )
 
 
-def _source(row: Row, image: Any) -> Source:
+def _source(row: "Row", image: Any) -> Source:
     if isinstance(image, Mapping):
         fields = cast(Mapping[str, Any], image)
         return _source(row, next((fields[key] for key in ("bytes", "path", "url") if fields.get(key)), None))
@@ -99,7 +120,7 @@ def _source(row: Row, image: Any) -> Source:
     return image.removeprefix("file://")
 
 
-def _decoded(row: Row, text: str) -> bytes:
+def _decoded(row: "Row", text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except binascii.Error as error:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from algorithms.contents import Source, has_pictures, split_pictures
+from algorithms.contents import Source, split_pictures
 from algorithms.data import Message, Picture, Prompt, TrainSample, float_row, int_row
 from algorithms.rows import Row, answer_messages, is_text, prompt_messages, prompt_text
 from algorithms.vision import Eye
@@ -67,28 +67,37 @@ def describe_counts(samples: int, truncated: int, dropped: int) -> str:
     return ", ".join([f"{samples} samples", *(f"{n} {what}" for n, what in changes if n)])
 
 
-def make_prompts(rows: Sequence[Row], tokenizer: Tokenizer, data: DataConfig) -> list[Prompt]:
+def make_prompts(
+    rows: Sequence[Row], tokenizer: Tokenizer, data: DataConfig, eye: Eye | None = None
+) -> list[Prompt]:
     """Prompts as the engine gets them: through the chat template if there is one, else the text as it is.
 
-    Raises ConfigError naming the row that is longer than `data.max_prompt_length` or has no usable prompt.
+    Those with pictures need an `eye`. Raises ConfigError naming the row that is longer than
+    `data.max_prompt_length` or has no usable prompt.
     """
     prompts: list[Prompt] = []
     for row in rows:
         messages = prompt_messages(row, data.system_prompt)
-        if has_pictures(row, messages):
-            raise ConfigError(f"{row.place}: the prompt has a list of contents, which only sft takes")
         if messages[-1]["role"] == "assistant":
             raise ConfigError(
                 f"{row.place}: the last message is the assistant's; a prompt ends with the user's"
             )
-        tokens = _encode_prompt(row, messages, tokenizer)
+        split, sources = split_pictures(row, messages)
+        tokens = _encode_prompt(row, split, tokenizer)
+        tokens, _, pictures = _look_at(row, tokens, [0] * len(tokens), sources, eye)
         if data.max_prompt_length is not None and len(tokens) > data.max_prompt_length:
             raise ConfigError(
-                f"{row.place}: the prompt has {len(tokens)} tokens, data.max_prompt_length allows "
-                f"{data.max_prompt_length}; shorten or remove the row, or raise the limit"
+                f"{row.place}: the prompt has {len(tokens)} tokens{_with(pictures)}, data.max_prompt_length "
+                f"allows {data.max_prompt_length}; shorten or remove the row, or raise the limit"
             )
         prompts.append(
-            Prompt(id=row.id, tokens=int_row(tokens), messages=tuple(messages), columns=row.columns)
+            Prompt(
+                id=row.id,
+                tokens=int_row(tokens),
+                messages=tuple(messages),
+                columns=row.columns,
+                vision=None if eye is None else eye.sight.vision_of(tokens, pictures),
+            )
         )
     return prompts
 
@@ -124,9 +133,8 @@ def make_sft_sample(
     too_long = len(tokens) > sft.max_length
     if too_long:
         if sft.truncation == "error":
-            shown = f", with those of {len(pictures)} pictures" if pictures else ""
             raise ConfigError(
-                f"{row.place}: the sample has {len(tokens)} tokens{shown}, sft.max_length allows "
+                f"{row.place}: the sample has {len(tokens)} tokens{_with(pictures)}, sft.max_length allows "
                 f"{sft.max_length}; shorten or remove the row, raise the limit, or set sft.truncation to "
                 f"truncate or drop{', or vision.image_max_token_num lower' if pictures else ''}"
             )
@@ -145,6 +153,10 @@ def make_sft_sample(
         vision=None if eye is None else eye.sight.vision_of(tokens, pictures),
     )
     return sample, too_long
+
+
+def _with(pictures: Sequence[Picture]) -> str:
+    return f", with those of {len(pictures)} pictures" if pictures else ""
 
 
 def nothing_left(sft: SFTConfig, count: int, first: str) -> ConfigError:

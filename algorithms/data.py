@@ -42,6 +42,7 @@ class Prompt:
     tokens: IntRow
     messages: tuple[Message, ...]
     columns: Mapping[str, Any]
+    vision: "Vision | None" = None
 
     @property
     def text(self) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from algorithms.contents import without_files
 from algorithms.data import Group, Prompt, Rollout, Scored, Verdict, float_row, int_row, jsonable
 from configs.errors import ConfigError
 
@@ -27,9 +28,10 @@ class StoredGroup:
 
 
 def stored_row(step: int, split: str, scored: Scored, index: int) -> dict[str, Any]:
-    """The row of completion `index`. Columns that JSON does not have are written as text."""
+    """The row of completion `index`. Columns that JSON does not have are written as text, and of
+    pictures that are in the row only how large they are."""
     prompt, rollout = scored.group.prompt, scored.group.rollouts[index]
-    messages = [dict(message) for message in prompt.messages]
+    messages = [without_files(message) for message in prompt.messages]
     # A conversation is in the row anyway.
     columns = {name: value for name, value in prompt.columns.items() if name != "messages"}
     reward = float(scored.rewards[index])
@@ -48,7 +50,7 @@ def stored_row(step: int, split: str, scored: Scored, index: int) -> dict[str, A
         "rewards": {name: values[index] for name, values in scored.parts.items()},
         "reward_sources": {name: digest[:12] for name, digest in scored.sources.items()},
         "weight_versions": rollout.versions,
-        "columns": jsonable(columns),
+        "columns": jsonable(without_files(columns)),
     }
     if rollout.turns:
         row |= {"turns": [dict(turn) for turn in rollout.turns], "loss_mask": rollout.loss_mask.tolist()}

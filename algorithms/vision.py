@@ -127,6 +127,22 @@ def positions_of(
     return positions
 
 
+def followed(vision: Vision | None, length: int) -> Vision | None:
+    """What a sequence of `length` tokens shows that goes on with text; tokens of pictures are such as well.
+
+    Positions count on from the largest one, as in vLLM and in transformers' `generate`.
+    """
+    if vision is None:
+        return None
+    more = length - vision.slots_T.size
+    after = int(vision.positions_3T.max()) + 1 + np.arange(more)
+    return Vision(
+        pictures=vision.pictures,
+        slots_T=int_row(np.concatenate([vision.slots_T, np.zeros(more)])),
+        positions_3T=int_row(np.concatenate([vision.positions_3T, np.tile(after, (3, 1))], axis=1)),
+    )
+
+
 def join_vision(
     visions: Sequence[Vision | None], starts: Sequence[int] | NDArray[np.int64], length: int
 ) -> Vision | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.viewer.lines import JsonLines, Line, parse, read_at
+from algorithms.contents import text_of
 
 _SNIPPET = 200
 _SEARCHES = 4
@@ -144,7 +145,7 @@ class RolloutIndex:
         found: list[str] = []
         for row in read_at(self._lines.path, places) if places else []:
             messages = row.get("messages") or [{}]
-            found.append(str(messages[-1].get("content", ""))[:_SNIPPET])
+            found.append(text_of(messages[-1].get("content", ""))[:_SNIPPET])
         return found
 
     def detail(self, key: str) -> dict[str, Any] | None:
@@ -159,7 +160,7 @@ class RolloutIndex:
             "split": group.split,
             "prompt_id": group.prompt_id,
             "messages": [
-                {"role": str(message.get("role", "")), "content": str(message.get("content", ""))}
+                {"role": str(message.get("role", "")), "content": text_of(message.get("content", ""))}
                 for message in rows[0].get("messages") or []
             ],
             "completions": [

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from algorithms.advantages import has_signal
+from algorithms.contents import text_of
 from algorithms.data import Verdict, float_row
 from algorithms.stored_rollouts import StoredGroup
 
@@ -108,7 +109,7 @@ def compare(
                     step=stored.step,
                     prompt_id=prompt.id,
                     index=index,
-                    prompt=prompt.messages[-1]["content"] if prompt.messages else "",
+                    prompt=text_of(prompt.messages[-1]["content"]) if prompt.messages else "",
                     completion=rollout.text,
                     new=verdict.value,
                     old=None if old is None else old[place][index],

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from algorithms.contents import text_of
 from algorithms.data import Group
 from configs.errors import ConfigError
 
@@ -77,6 +78,6 @@ class RewardModel:
     def _text(self, group: Group, completion: str) -> str:
         messages = [dict(message) for message in group.prompt.messages]
         if self._tokenizer.chat_template is None:
-            return messages[-1]["content"] + completion
+            return text_of(messages[-1]["content"]) + completion
         whole = [*messages, {"role": "assistant", "content": completion}]
         return self._tokenizer.apply_chat_template(whole, tokenize=False)

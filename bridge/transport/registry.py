@@ -12,6 +12,14 @@ IGNORED_ADAPTERS = ("kv_b_proj", "shared_expert_gate")
 """Last names of modules that vLLM 0.32 gives adapters and computes past: latent attention and the sum with the
 shared expert hold the modules that were there before."""
 
+SEEING = {
+    "Qwen2VLForConditionalGeneration": "Qwen2VL",
+    "Qwen2_5_VLForConditionalGeneration": "Qwen25VL",
+    "Qwen3VLForConditionalGeneration": "Qwen3VL",
+    "Qwen3VLMoeForConditionalGeneration": "Qwen3VLMoe",
+}
+"""Models that see, as config.json names them, which our engines run: the classes of vllm_vision."""
+
 
 def register() -> None:
     """Make the weight-transfer backends `gloo` and `cupy_nccl` known to vLLM. May be called again.
@@ -46,9 +54,18 @@ def _repair() -> None:
 
     require_written_for()
     hear_all_workers()
+    _register_models()
     if current_platform.is_cpu():
         rotate_heads_flat()
         keep_experts_with_adapters_elsewhere()
+
+
+def _register_models() -> None:
+    from vllm import ModelRegistry
+
+    for architecture, name in SEEING.items():
+        # By name: only an engine that has this model imports it.
+        ModelRegistry.register_model(architecture, f"bridge.transport.vllm_vision:{name}")
 
 
 def exit_with_parent() -> None:

@@ -247,11 +247,11 @@ def test_parts_are_frozen_by_name(model: Path) -> None:
 def test_the_demo_holds_numbers_out(tmp_path: Path) -> None:
     write_numbers(tmp_path, 1, train=300, held_out=30)
     learned, held_out = (
-        {json.loads(line)["messages"][1]["content"] for line in (tmp_path / name).read_text().splitlines()}
-        for name in ("sft.jsonl", "eval.jsonl")
+        {json.loads(line)["completion"] for line in (tmp_path / name).read_text().splitlines()}
+        for name in ("train.jsonl", "eval.jsonl")
     )
     assert len(learned) > 80
     assert held_out
     assert not learned & held_out
-    first = json.loads((tmp_path / "eval.jsonl").read_text().splitlines()[0])["messages"][0]["content"][0]
+    first = json.loads((tmp_path / "eval.jsonl").read_text().splitlines()[0])["prompt"][0]["content"][0]
     assert Image.open(io.BytesIO(Path(first["image"]).read_bytes())).size == (48, 32)

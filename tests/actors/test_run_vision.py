@@ -28,7 +28,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(workspace: Path) -> Finished:
     return run(
         *("sft", "--config", str(ROOT / "configs" / "sft-tiny-vl.yaml"), "--model", str(workspace / "base")),
-        *("--dataset", str(workspace / "data" / "sft.jsonl"), "--eval_dataset", str(workspace / "few.jsonl")),
+        *(
+            "--dataset",
+            str(workspace / "data" / "train.jsonl"),
+            "--eval_dataset",
+            str(workspace / "few.jsonl"),
+        ),
         *("--output_dir", str(workspace / "sft"), "--max_steps", "2", "--lr_warmup_iters", "0"),
         *("--eval_steps", "0", "--vit_lr", "1e-4", "--num_cpus", "4"),
     )
@@ -42,10 +47,11 @@ def held_out_loss(model_dir: Path, path: Path) -> tuple[float, int]:
     config = AutoConfig.from_pretrained(model_dir)
     total, count = 0.0, 0
     for row in rows(path):
-        seen = processor(Image.open(row["messages"][0]["content"][0]["image"]), return_tensors="pt")
+        seen = processor(Image.open(row["prompt"][0]["content"][0]["image"]), return_tensors="pt")
         features = int(seen["image_grid_thw"].prod()) // processor.merge_size**2
+        messages = [*row["prompt"], {"role": "assistant", "content": row["completion"]}]
         prompt, whole = (
-            encoded(tokenizer, row["messages"][:end], features, config.image_token_id) for end in (1, 2)
+            encoded(tokenizer, messages[:end], features, config.image_token_id) for end in (1, 2)
         )
         tokens = torch.tensor([whole])
         labels = torch.where(torch.arange(len(whole)) < len(prompt), -100, tokens)
