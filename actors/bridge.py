@@ -62,7 +62,7 @@ class WeightBridge:
         self._trainers = trainers
         self._engines = engines
         self._bucket_bytes = int(self._settings.bucket_size_mb * (1 << 20))
-        plan = cut_plan(trainers.plan, self._bucket_bytes)
+        plan = cut_plan(trainers.plan, self._bucket_bytes, trainers.fixed_units)
         self._wire: Mapping[str, Any] = to_wire(plan)
         trainers.follow(self._bucket_bytes)
         common = (plan, trainers, self._settings.offload_bridge, self._start_timeout_s, self._collective_s)
@@ -71,6 +71,7 @@ class WeightBridge:
             if self._settings.placement == "dedicated"
             else HostedBridge(*common)
         )
+        self._leaves_out = self._settings.skip_unchanged or bool(trainers.fixed_units)
         self._version = version
         self._probe = tuple(probe), vision
         self._event = event
@@ -137,7 +138,7 @@ class WeightBridge:
         before = time.monotonic()
         in_flight = self._engines.pause(members, self._settings.pause_mode)
         pausing = time.monotonic() - before
-        full = self._must_be_full or not self._settings.skip_unchanged
+        full = self._must_be_full or not self._leaves_out
         order = SyncOrder(version=version, full=full, hash_every=self._settings.hash_every)
         results = self._move(self._home.forward(order), members, version)
         before = time.monotonic()
@@ -220,8 +221,7 @@ class WeightBridge:
             timeout_s=self._collective_s,
             transport=self._settings.transport,
         )
-        partial = self._settings.skip_unchanged
-        joining = self._engines.meet(members, meeting, self._wire, partial, self._adapter)
+        joining = self._engines.meet(members, meeting, self._wire, self._leaves_out, self._adapter)
         refs, owners = self._home.join(meeting, trainer_port if with_trainers else None)
         phase = "connection of trainers, bridge and engines"
         self._watched([*refs, *joining], owners, members, phase, self._start_timeout_s)

@@ -1,6 +1,6 @@
 """A trainer rank's part in a weight sync."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,9 +27,14 @@ class SyncRank:
         rank: int,
         transport: Transport,
         spans: SpanLog,
+        *,
+        fixed: Collection[str] = (),
+        by_content: bool = False,
     ) -> None:
+        """A sync that is not full leaves out the `fixed` units, or `by_content` all that was sent as it is."""
         self._spans = spans
-        self._plan = cut_plan(plan, bucket_bytes)
+        self._plan = cut_plan(plan, bucket_bytes, fixed)
+        self._fixed, self._by_content = fixed, by_content
         # Hashed where engines hash: on the GPU if that is where they receive.
         device = torch.device("cuda" if transport == "cupy_nccl" else "cpu")
         self._sender = Sender(parameters, plan, self._plan, rank, device)
@@ -79,7 +84,8 @@ class SyncRank:
     def _agree(self) -> tuple[str, ...]:
         """Units that changed on any rank."""
         all_units = self._plan.units
-        self._bridge.send(encode_units(all_units, self._sender.changed_units()), 0)
+        ours = self._sender.changed_units() if self._by_content else {*all_units} - {*self._fixed}
+        self._bridge.send(encode_units(all_units, ours), 0)
         marks = torch.empty(len(all_units), dtype=torch.uint8)
         self._bridge.recv(marks, 0)
         return decode_units(marks, all_units)

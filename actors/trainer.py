@@ -16,6 +16,7 @@ from actors.stacks import end_processes, own_actors
 from actors.trainer_rank import Sources, Started, TrainerRank
 from algorithms.data import Batch, FloatRow, StepResult, TrainSample, Vision, float_row, int_row
 from algorithms.packing import pack
+from bridge.sync_plan import unit_of
 from configs.errors import BasculeError
 from configs.schema import RunConfig
 
@@ -62,6 +63,9 @@ class TrainerGroup:
         )
         assert started[0].plan is not None, "rank 0 tells the plan"
         self.plan = started[0].plan
+        units = {unit_of(info.name) for info in self.plan.tensors}
+        self.fixed_units = frozenset(units.difference(*(each.changing for each in started)))
+        """Units of a sync of which nothing is trained."""
         self.warnings = started[0].warnings
 
     def restart(self) -> None:
@@ -132,7 +136,7 @@ class TrainerGroup:
 
     def follow(self, bucket_bytes: int) -> None:
         """Let every rank cut the plan into buckets of this size."""
-        self._all([rank.follow.remote(bucket_bytes) for rank in self.ranks], "plan")
+        self._all([rank.follow.remote(bucket_bytes, self.fixed_units) for rank in self.ranks], "plan")
 
     def sync(self, method: str, arguments: Sequence[Sequence[Any]], first: int = 0) -> list[Any]:
         """Refs of a method of actors.sync_rank on the ranks from `first` on, each with its own arguments."""

@@ -15,8 +15,10 @@ from actors.ranks import free_address, join
 from actors.spans import SpanLog, Taken, traced
 from actors.sync_rank import SyncRank
 from algorithms.data import FloatRow, MicroBatch, StepResult
+from bridge.merged import fixed_parameters
 from bridge.plan import TORCH_DTYPES, Plan
 from bridge.rules import MegatronSpec
+from bridge.sync_plan import changing_units
 from configs.schema import RunConfig
 from configs.sizes import parse_size
 
@@ -55,6 +57,8 @@ class Started:
 
     plan: Plan | None
     warnings: tuple[str, ...]
+    changing: frozenset[str]
+    """Units of a sync that have a part here which is trained."""
 
 
 class TrainerRank:
@@ -122,7 +126,11 @@ class TrainerRank:
             frozen = self._load_frozen(sources.teacher, None, warnings)
             self._scoring_teacher = ScoringTeacher(frozen, offload=config.teacher.offload_teacher)
         self._parameters, self._plan = self._what_is_synced()
-        return Started(plan=self._plan if self._rank == 0 else None, warnings=tuple(warnings))
+        return Started(
+            plan=self._plan if self._rank == 0 else None,
+            warnings=tuple(warnings),
+            changing=changing_units(self._plan, self._rank, fixed_parameters(self._parameters)),
+        )
 
     def _load_frozen(
         self, source: ModelSource, adapter: AdapterSource | None, warnings: list[str]
@@ -224,11 +232,12 @@ class TrainerRank:
             return self._model.base_logprobs(micro_batches, temperature)
         return self._reference.logprobs(micro_batches, temperature)
 
-    def follow(self, bucket_bytes: int) -> None:
-        """Cut the plan into buckets; from now on sending needs no more words."""
-        transport = self._config.bridge.transport
-        ours = self._parameters, self._plan, bucket_bytes, self._rank, transport
-        self._sync = SyncRank(*ours, self.spans)
+    def follow(self, bucket_bytes: int, fixed: frozenset[str] = frozenset()) -> None:
+        """Cut the plan into buckets; from now on sending needs no more words. Of the units `fixed` no rank trains
+        anything."""
+        settings = self._config.bridge
+        ours = self._parameters, self._plan, bucket_bytes, self._rank, settings.transport
+        self._sync = SyncRank(*ours, self.spans, fixed=fixed, by_content=settings.skip_unchanged)
 
     def sync(self, method: str, *arguments: Any) -> Any:
         """Call this rank's part in weight syncs (actors.sync_rank)."""

@@ -1,6 +1,6 @@
 """A model's parameters as they are with its adapters merged in; neither is changed."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -25,6 +25,11 @@ class MergedParameters(Mapping[str, torch.Tensor]):
         self._base = base
         self._adapters = adapters
         self._targets = {target.weight: target for target in targets}
+
+    @property
+    def targets(self) -> Collection[str]:
+        """Names of those that have an adapter."""
+        return self._targets.keys()
 
     def __getitem__(self, name: str) -> torch.Tensor:
         weight, target = self._base[name], self._targets.get(name)
@@ -54,6 +59,14 @@ class MergedParameters(Mapping[str, torch.Tensor]):
 
     def _factor(self, target: Target, part: Part, factor: Literal["A", "B"]) -> torch.Tensor:
         return self._adapters[target.parameter(part, factor)].detach().float()
+
+
+def fixed_parameters(parameters: Mapping[str, torch.Tensor]) -> frozenset[str]:
+    """Global names of those that no optimizer step changes, neither by themselves nor by an adapter."""
+    adapted: Collection[str] = parameters.targets if isinstance(parameters, MergedParameters) else ()
+    # Asked one by one, merged ones would be computed.
+    own = (name for name in parameters if name not in adapted)
+    return frozenset(name for name in own if not parameters[name].requires_grad)
 
 
 class LastKept(Mapping[str, torch.Tensor]):

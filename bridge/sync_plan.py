@@ -10,7 +10,7 @@ owns; a tensor of several owners, or larger than a bucket, has several, perhaps 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -133,16 +133,28 @@ def unit_of(name: str) -> str:
     return found[1] if found else name.rpartition(".")[0]
 
 
-def cut_plan(plan: Plan, bucket_bytes: int) -> SyncPlan:
+def changing_units(plan: Plan, rank: int, fixed: Collection[str]) -> frozenset[str]:
+    """Units of which this rank has a part that is made from a parameter other than the `fixed` ones."""
+    return frozenset(
+        unit_of(info.name)
+        for info in plan.tensors
+        if any(piece.rank == rank and piece.parameter not in fixed for piece in plan.pieces[info.name])
+    )
+
+
+def cut_plan(plan: Plan, bucket_bytes: int, apart: Collection[str] = ()) -> SyncPlan:
     """The plan in buckets with at most `bucket_bytes` of tensors each (hashes and alignment come on top).
 
-    Units stay together where they fit; a tensor that does not fit is cut into boxes.
+    Units stay together where they fit; a tensor that does not fit is cut into boxes. The units `apart` come last,
+    and share no bucket with others.
     """
     order = {unit: number for number, unit in enumerate(dict.fromkeys(unit_of(i.name) for i in plan.tensors))}
-    tensors = sorted(plan.tensors, key=lambda info: order[unit_of(info.name)])
+    tensors = sorted(plan.tensors, key=lambda info: (unit_of(info.name) in apart, order[unit_of(info.name)]))
     buckets: list[list[tuple[int, TensorInfo, Region]]] = []
-    size = 0
+    size, is_apart = 0, False
     for info in tensors:
+        if is_apart != (unit_of(info.name) in apart):
+            size, is_apart = bucket_bytes, True
         for piece in plan.pieces[info.name]:
             for box in boxes(piece.region, max(1, bucket_bytes // info.dtype.itemsize)):
                 nbytes = _aligned(region_numel(box) * info.dtype.itemsize)

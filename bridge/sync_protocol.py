@@ -14,7 +14,7 @@ class SyncOrder:
 
     version: int
     full: bool = True
-    """Send everything; else only units whose content differs from the last sync that was full or partial."""
+    """Send everything; else only units that may have changed since the last sync that was full or partial."""
     hash_every: int = 1
     """Hash one bucket of this many, another one in each version."""
 

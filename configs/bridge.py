@@ -23,7 +23,8 @@ class BridgeConfig(Section):
     hash_every: int = Field(default=1, ge=1)
     """Hash the content of one bucket of this many in each sync, another one each time; 1 proves all of them."""
     skip_unchanged: bool = False
-    """Send only modules whose content changed; costs the trainers a second pass over their weights."""
+    """Send only modules whose content changed, found by a second pass over the trainers' weights. What is not
+    trained is sent once anyway."""
     check_logprobs_every: int = Field(default=0, ge=0)
     """Every this many syncs compare a prompt's log-probabilities in trainer and engine, and log it; 0 never."""
     stall_timeout_s: float = Field(default=60.0, gt=0)

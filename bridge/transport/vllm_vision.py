@@ -88,7 +88,8 @@ class Qwen3VLMoe(qwen3_vl_moe.Qwen3VLMoeForConditionalGeneration):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """vLLM 0.32 takes them as published, with input features first, and not as transformers has them."""
-        hidden = self.config.text_config.hidden_size
+        config: Any = self.config
+        hidden = config.text_config.hidden_size
         return super().load_weights((name, _as_published(name, tensor, hidden)) for name, tensor in weights)
 
 

@@ -1,5 +1,7 @@
-"""A model that sees, by its commands: sft on pictures and export, against transformers' model and processor."""
+"""A model that sees, by its commands: sft, grpo and gkd on pictures, export, against transformers."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,11 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main(["make-model", "tiny-vl", "--output_dir", str(folder)]) == 0
     lines = (folder / "data" / "eval.jsonl").read_text().splitlines(keepends=True)
     (folder / "few.jsonl").write_text("".join(lines[:8]))
+    # Completions of one prompt get different rewards, whatever they are.
+    (folder / "reward.py").write_text(
+        "def spread(completions, completion_ids, **_):\n"
+        "    return [float(sum(ids) % 5) for ids in completion_ids]\n"
+    )
     return folder
 
 
@@ -39,31 +46,97 @@ def trained(workspace: Path) -> Finished:
     )
 
 
-def held_out_loss(model_dir: Path, path: Path) -> tuple[float, int]:
-    """Mean over the tokens of the answers, and how many there are."""
-    model = Qwen3VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32).eval()
+@pytest.fixture(scope="module")
+def rewarded(trained: Finished, workspace: Path) -> Finished:
+    """Two steps of grpo that train the language model, and a greedy evaluation under the last weights."""
+    assert trained.code == 0, trained.err
+    return run(
+        *(
+            "grpo",
+            "--config",
+            str(ROOT / "configs" / "grpo-tiny-vl.yaml"),
+            "--output_dir",
+            str(workspace / "grpo"),
+        ),
+        *(
+            "--model",
+            str(workspace / "sft" / "checkpoint"),
+            "--dataset",
+            str(workspace / "data" / "train.jsonl"),
+        ),
+        *("--eval_dataset", str(workspace / "few.jsonl"), "--eval_size", "8", "--max_steps", "2"),
+        *("--prompts_per_step", "8", "--lr", "1e-2", "--lr_warmup_iters", "0", "--eval_steps", "0"),
+        *("--filter_zero_variance", "false", "--freeze_vit", "true", "--freeze_aligner", "true"),
+        *("--check_logprobs_every", "1", "--tensor_model_parallel_size", "2", "--num_cpus", "4"),
+        *("--max_lag", "1", "--rewards.0.function", str(workspace / "reward.py") + ":spread"),
+    )
+
+
+@pytest.fixture(scope="module")
+def taught(rewarded: Finished, workspace: Path) -> Finished:
+    """A step of gkd on the student's own answers to pictures, with the teacher in the trainer rank."""
+    return run(
+        *("gkd", "--config", str(ROOT / "configs" / "gkd-tiny.yaml"), "--output_dir", str(workspace / "gkd")),
+        *("--model", str(workspace / "base"), "--teacher_model", str(workspace / "sft" / "checkpoint")),
+        *(
+            "--dataset",
+            str(workspace / "data" / "train.jsonl"),
+            "--eval_dataset",
+            str(workspace / "few.jsonl"),
+        ),
+        *("--max_steps", "1", "--gkd.batch_size", "8", "--eval_steps", "0", "--num_cpus", "4"),
+        *("--tensor_model_parallel_size", "1", "--tuner_type", "lora", "--lora_rank", "4"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seen:
+    """A row as transformers takes it: tokens of the prompt, of all of it, and the picture."""
+
+    prompt: list[int]
+    whole: list[int]
+    picture: Any
+    image_token: int
+
+    def logits(self, model: Any, tokens: list[int]) -> torch.Tensor:
+        """Logits [T, V] of tokens that begin with the prompt's."""
+        row = torch.tensor([tokens])
+        with torch.no_grad():
+            types = (row == self.image_token).int()
+            return model(input_ids=row, mm_token_type_ids=types, **self.picture).logits[0]
+
+
+def load(model_dir: Path) -> Any:
+    return Qwen3VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32).eval()
+
+
+def seen(model_dir: Path, path: Path) -> list[Seen]:
+    """All rows of a file."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     processor = Qwen2VLImageProcessorPil.from_pretrained(model_dir)
-    config = AutoConfig.from_pretrained(model_dir)
-    total, count = 0.0, 0
+    image_token = AutoConfig.from_pretrained(model_dir).image_token_id
+    found: list[Seen] = []
     for row in rows(path):
-        seen = processor(Image.open(row["prompt"][0]["content"][0]["image"]), return_tensors="pt")
-        features = int(seen["image_grid_thw"].prod()) // processor.merge_size**2
+        picture = processor(Image.open(row["prompt"][0]["content"][0]["image"]), return_tensors="pt")
+        features = int(picture["image_grid_thw"].prod()) // processor.merge_size**2
         messages = [*row["prompt"], {"role": "assistant", "content": row["completion"]}]
-        prompt, whole = (
-            encoded(tokenizer, messages[:end], features, config.image_token_id) for end in (1, 2)
-        )
-        tokens = torch.tensor([whole])
-        labels = torch.where(torch.arange(len(whole)) < len(prompt), -100, tokens)
-        with torch.no_grad():
-            loss = model(
-                input_ids=tokens,
-                labels=labels,
-                mm_token_type_ids=(tokens == config.image_token_id).int(),
-                **seen,
-            ).loss
-        total += float(loss) * (len(whole) - len(prompt))
-        count += len(whole) - len(prompt)
+        prompt, whole = (encoded(tokenizer, messages[:end], features, image_token) for end in (1, 2))
+        found.append(Seen(prompt=prompt, whole=whole, picture=picture, image_token=image_token))
+    return found
+
+
+def answer_logprobs(row: Seen, model: Any) -> torch.Tensor:
+    """Of the whole vocabulary at each token of the answer, [A, V]."""
+    return torch.log_softmax(row.logits(model, row.whole)[len(row.prompt) - 1 : -1], -1)
+
+
+def held_out_loss(model_dir: Path, path: Path) -> tuple[float, int]:
+    """Mean over the tokens of the answers, and how many there are."""
+    model, total, count = load(model_dir), 0.0, 0
+    for row in seen(model_dir, path):
+        labels = torch.tensor(row.whole[len(row.prompt) :])
+        total -= float(answer_logprobs(row, model).gather(1, labels[:, None]).sum())
+        count += len(labels)
     return total / count, count
 
 
@@ -100,3 +173,48 @@ def test_the_checkpoint_passes_the_precision_test_on_its_way_to_megatron(
     assert finished.code == 0, finished.err + finished.out
     assert "precision test passed" in finished.out
     assert "token_diff (with loss): 0 of" in finished.out
+
+
+def test_engines_sample_as_the_checkpoint_that_is_saved(rewarded: Finished, workspace: Path) -> None:
+    assert rewarded.code == 0, rewarded.err
+    assert rewarded.left == []
+    steps = [row for row in rows(workspace / "grpo" / "metrics.jsonl") if "reward" in row]
+    assert all(row["grad_norm"] > 0.01 for row in steps)
+    assert all(row["sync/logprob_difference_max"] < 1e-4 for row in steps)
+    model, file = load(workspace / "grpo" / "checkpoint"), workspace / "few.jsonl"
+    pictures = seen(workspace / "grpo" / "checkpoint", file)
+    shown = {json.dumps(row["prompt"]): picture for row, picture in zip(rows(file), pictures, strict=True)}
+    last = [row for row in rows(workspace / "grpo" / "rollouts.jsonl") if row["split"] == "eval"][-8:]
+    assert {row["weight_versions"][0] for row in last} == {2}
+    for row in last:
+        picture, found = shown[json.dumps(row["messages"])], row["token_ids"]
+        logits = picture.logits(model, [*picture.prompt, *found])
+        assert logits[len(picture.prompt) - 1 : -1].argmax(-1).tolist() == found
+
+
+def test_a_tower_that_is_not_trained_is_sent_once(rewarded: Finished, workspace: Path) -> None:
+    assert rewarded.code == 0, rewarded.err
+    before, after = (load(workspace / run / "checkpoint").state_dict() for run in ("sft", "grpo"))
+    same = {name for name, tensor in before.items() if torch.equal(tensor, after[name])}
+    assert {name for name in before if ".visual." in name} <= same
+    language = sum(tensor.nbytes for name, tensor in before.items() if ".visual." not in name)
+    # The embedding is tied: it is there under two names, and sent under one.
+    language -= before["lm_head.weight"].nbytes
+    steps = [row for row in rows(workspace / "grpo" / "metrics.jsonl") if "reward" in row]
+    for row in steps:
+        assert language <= row["sync/bytes"] < language * 1.05
+
+
+def test_a_teacher_that_sees_teaches_by_its_whole_distribution(taught: Finished, workspace: Path) -> None:
+    assert taught.code == 0, taught.err
+    before = next(row for row in rows(workspace / "gkd" / "metrics.jsonl") if "eval/divergence" in row)
+    student, teacher = load(workspace / "base"), load(workspace / "sft" / "checkpoint")
+    total, count = 0.0, 0
+    for row in seen(workspace / "base", workspace / "few.jsonl"):
+        ours, theirs = answer_logprobs(row, student), answer_logprobs(row, teacher)
+        total += float((theirs.exp() * (theirs - ours)).sum())
+        count += len(ours)
+    assert before["eval/divergence"] == pytest.approx(total / count, rel=1e-4)
+    sampled = rows(workspace / "gkd" / "rollouts.jsonl")
+    assert len(sampled) == 8
+    assert all(row["tokens"] for row in sampled)
