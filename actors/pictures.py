@@ -1,7 +1,4 @@
-"""Pictures of a dataset: how large a model sees them, and the patches that its vision tower takes.
-
-By the image processor of the model directory in transformers' version on PIL, which needs no torchvision.
-"""
+"""Pictures of a dataset: how large a model sees them, and the patches that its vision tower takes."""
 
 import io
 import json
@@ -11,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.image_processors import image_processor
 from algorithms.data import FloatRow, Picture, float_row
 from algorithms.vision import Sight
 from bridge.rules import VisionSpec
@@ -18,19 +16,23 @@ from configs.errors import BasculeError, ConfigError
 from configs.vision import VisionConfig
 
 PREPROCESSOR = "preprocessor_config.json"
+_PROCESSOR = "processor_config.json"
+"""Where transformers 5 writes the same among others."""
 _ORIENTATION = 0x0112
 _TURNED = range(5, 9)
 """Orientations, as cameras note them, in which height and width are exchanged."""
 
 
-def sight_of(vision: VisionSpec) -> Sight:
-    """What the model makes of pictures."""
+def sight_of(vision: VisionSpec, around: tuple[int, int] | None = None) -> Sight:
+    """What the model makes of pictures; `around` are tokens that stand about one."""
     return Sight(
         image_token_id=vision.image_token_id,
         video_token_id=vision.video_token_id,
         merge=vision.spatial_merge_size,
         tokens_per_second=vision.tokens_per_second,
         timestamps=vision.timestamps,
+        in_a_row=vision.mrope_section is None,
+        around=around,
     )
 
 
@@ -39,30 +41,13 @@ class PictureReader:
 
     def __init__(self, directory: Path, vision: VisionSpec, config: VisionConfig) -> None:
         """Raises ConfigError naming the file of the directory that is missing or wrong."""
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-        path = directory / PREPROCESSOR
+        path, found = _preprocessor(directory)
         try:
-            found = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: a model that sees pictures needs it: {error}") from error
-        self._processor: Any = Qwen2VLImageProcessorPil.from_dict(found)
-        self._side = self._processor.patch_size * vision.spatial_merge_size
+            self._processor = image_processor(found, vision, config)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
         self._root = config.root_image_dir
-        size = dict(self._processor.size)
-        tokens = (config.image_min_token_num, config.image_max_token_num)
-        for edge, pixels, count in zip(
-            ("shortest_edge", "longest_edge"), (config.min_pixels, config.max_pixels), tokens, strict=True
-        ):
-            limit = count * self._side**2 if count is not None else pixels
-            size[edge] = limit if limit is not None else size[edge]
-        if size["shortest_edge"] > size["longest_edge"]:
-            raise ConfigError(
-                f"vision: images of at least {size['shortest_edge']} pixels cannot have at most "
-                f"{size['longest_edge']}"
-            )
-        self._size = size
-        self._sight = sight_of(vision)
+        self._sight = sight_of(vision, _around(directory) if vision.tile is not None else None)
 
     @property
     def sight(self) -> Sight:
@@ -71,8 +56,6 @@ class PictureReader:
 
     def picture(self, source: str | bytes, place: str) -> Picture:
         """An image, of which only the head is read. Raises ConfigError naming `place` and the file."""
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
         if isinstance(source, str):
             source = str((self._root or Path()).joinpath(source).absolute())
         try:
@@ -80,18 +63,11 @@ class PictureReader:
                 width, height = image.size
                 if image.getexif().get(_ORIENTATION) in _TURNED:
                     width, height = height, width
-            rows, columns = smart_resize(
-                height,
-                width,
-                factor=self._side,
-                min_pixels=self._size["shortest_edge"],
-                max_pixels=self._size["longest_edge"],
-            )
+            grid = self._processor.grid(height, width)
         # PIL's readers of foreign files raise many things, and sizes that cannot be resized are a ValueError.
         except Exception as error:
             raise ConfigError(f"{place}: {_name(source)} cannot be read as an image: {error}") from error
-        patch = self._processor.patch_size
-        return Picture(sources=(source,), grid=(1, rows // patch, columns // patch))
+        return Picture(sources=(source,), grid=grid)
 
     def patches(self, pictures: Sequence[Picture]) -> FloatRow:
         """The patches [P, C] of the pictures. Raises BasculeError naming the file that has changed since."""
@@ -103,15 +79,38 @@ class PictureReader:
         (source,) = picture.sources
         try:
             with _opened(source) as image:
-                found = self._processor(ImageOps.exif_transpose(image), size=self._size, return_tensors="np")
+                found, grid = self._processor.patches(ImageOps.exif_transpose(image))
         except Exception as error:
             raise BasculeError(f"{_name(source)} cannot be read as an image: {error}") from error
-        grid = tuple(found["image_grid_thw"][0].tolist())
         if grid != picture.grid:
             raise BasculeError(
                 f"{_name(source)} has another size than when the run started: {grid} patches, not {picture.grid}"
             )
-        return found["pixel_values"]
+        return found
+
+
+def _preprocessor(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """The image processor's config, and the file that it is in."""
+    path, whole = directory / PREPROCESSOR, directory / _PROCESSOR
+    if not path.is_file() and whole.is_file():
+        path = whole
+    try:
+        found = json.loads(path.read_text())
+        return path, found["image_processor"] if path == whole else found
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path}: a model that sees pictures needs it: {error!r}") from error
+
+
+def _around(directory: Path) -> tuple[int, int]:
+    """Ids of the tokens before and after an image where the chat template has only its place."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    names = getattr(tokenizer, "start_image_token", "<img>"), getattr(tokenizer, "end_image_token", "</img>")
+    start, end = map(tokenizer.convert_tokens_to_ids, names)
+    if None in (start, end) or tokenizer.unk_token_id in (start, end):
+        raise ConfigError(f"{directory}: the tokenizer lacks {' or '.join(names)}, which stand about images")
+    return start, end
 
 
 def _opened(source: str | bytes) -> Any:

@@ -29,7 +29,8 @@ class Sight:
     """What a model makes of pictures: `merge` x `merge` patches become one token.
 
     Frames of a video are `tokens_per_second` positions apart for each second, 1 where it is None; with
-    `timestamps` each is a picture of its own behind a text that tells its time.
+    `timestamps` each is a picture of its own behind a text that tells its time. With `in_a_row` visual tokens are
+    counted like those of text. `around` are tokens before and after an image that templates leave out.
     """
 
     image_token_id: int
@@ -37,6 +38,8 @@ class Sight:
     merge: int
     tokens_per_second: float | None
     timestamps: bool
+    in_a_row: bool = False
+    around: tuple[int, int] | None = None
 
     def num_tokens(self, picture: Picture) -> int:
         """Tokens of a picture."""
@@ -55,9 +58,20 @@ class Sight:
             raise BasculeError(
                 f"there are {len(pictures)} pictures, but {len(places)} tokens for them in the filled-in template"
             )
-        sizes, shown = np.ones(len(tokens), np.int64), np.ones(len(tokens), np.int64)
-        sizes[places], shown[places] = [self.num_tokens(picture) for picture in pictures], 0
-        return np.repeat(tokens, sizes).tolist(), np.repeat(np.asarray(mask) * shown, sizes).tolist()
+        found: list[int] = []
+        kept: list[int] = []
+        before = 0
+        for place, picture in zip(places, pictures, strict=True):
+            shown = self._shown(picture)
+            found += [*tokens[before:place], *shown]
+            kept += [*mask[before:place], *[0] * len(shown)]
+            before = place + 1
+        return [*found, *tokens[before:]], [*kept, *mask[before:]]
+
+    def _shown(self, picture: Picture) -> list[int]:
+        """What stands for an image in a sequence."""
+        tokens = [self.image_token_id] * self.num_tokens(picture)
+        return tokens if self.around is None else [self.around[0], *tokens, self.around[1]]
 
     def end_of_whole(self, tokens: Sequence[int], limit: int) -> int:
         """Where at most `limit` of more tokens end if no picture is cut through."""
@@ -84,10 +98,11 @@ class Sight:
             return None
         shown = tuple(pictures[: ends.tolist().index(found)])
         grids, intervals = self._grids(shown)
+        in_a_row = np.tile(np.arange(row.size), (3, 1))
         return Vision(
             pictures=shown,
             slots_T=int_row(np.where(visual_T, np.cumsum(visual_T), 0)),
-            positions_3T=int_row(positions_of(~visual_T, grids, intervals)),
+            positions_3T=int_row(in_a_row if self.in_a_row else positions_of(~visual_T, grids, intervals)),
         )
 
     def _grids(self, pictures: Sequence[Picture]) -> tuple[list[tuple[int, int, int]], list[float]]:

@@ -30,6 +30,7 @@ from configs.errors import BasculeError, ConfigError
 from configs.schema import TrainerConfig
 from configs.sft import SFTConfig
 from configs.vision import VisionConfig
+from tests.actors.tiny_internvl import build_tiny_internvl, processed
 
 PLACE = "rows.jsonl:1"
 
@@ -125,6 +126,39 @@ def test_a_sample_has_the_tokens_mask_and_positions_of_transformers(model: Path,
         tokens, (tokens == config.image_token_id).int(), image_grid_thw=grids
     )
     np.testing.assert_array_equal(sample.vision.positions_3T, positions[:, 0].numpy())
+
+
+@pytest.fixture(scope="module")
+def tiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_internvl(tmp_path_factory.mktemp("internvl"), seed=3)
+
+
+def test_a_sample_of_tiles_is_what_transformers_makes_of_it(tiled: Path, images: Path) -> None:
+    paths = [images / "wide.png", images / "tall.jpg"]
+    row = talk(image(paths[0]), TEXT, image(paths[1]), TEXT)
+    (sample,) = samples_of(tiled, row).kept
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiled)
+    text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    tokens, tiles = processed(tiled, text, [Image.open(path).convert("RGB") for path in paths])
+    assert sample.tokens.tolist() == tokens
+    assert sample.loss_mask.sum() == 2
+    assert sample.vision is not None
+    assert [picture.grid[0] for picture in sample.vision.pictures] == [3, 3]
+    assert sample.vision.slots_T.max() == 16 * len(tiles)
+    assert sample.vision.positions_3T.tolist() == [list(range(len(tokens)))] * 3
+    np.testing.assert_array_equal(reader(tiled).patches(sample.vision.pictures), tiles.flatten(1).numpy())
+
+
+def test_tiles_are_limited_by_their_tokens(tiled: Path, images: Path) -> None:
+    def tiles(**options: Any) -> int:
+        return reader(tiled, root_image_dir=images, **options).picture("large.webp", PLACE).grid[0]
+
+    # Seven are 3 x 2 and the whole. 63 tokens are room for 2 x 1 and the whole, to which 1 x 1 is nearer.
+    assert (tiles(), tiles(image_max_token_num=63), tiles(image_max_token_num=16)) == (7, 1, 1)
+    with pytest.raises(ConfigError, match="15 is less than the 16 tokens of a tile"):
+        tiles(image_max_token_num=15)
+    with pytest.raises(ConfigError, match=r"vision.max_pixels: this model sees tiles of one size"):
+        tiles(max_pixels=1000)
 
 
 def test_an_image_is_given_in_many_ways(images: Path) -> None:
