@@ -95,8 +95,8 @@ class VisionSpec:
     the tower of what translates its features, `hf_modules` what transformers calls it all. Tokens have three
     positions where `mrope_section` says how a head's frequencies are shared among them, else one. Frames of a
     video are `tokens_per_second` positions apart for each second, or 1 where it is None; with `timestamps` each is
-    a picture of its own behind a text. `tile`: pixels of a tile (height, width), for a model that sees an image as
-    tiles of one size; None where it sees patches of the whole.
+    a picture of its own behind a text, between tokens `marks`. `tile`: pixels of a tile (height, width), for a
+    model that sees an image as tiles of one size; None where it sees patches of the whole.
     """
 
     tower: str
@@ -111,6 +111,7 @@ class VisionSpec:
     deepstack: int = 0
     tokens_per_second: float | None = None
     timestamps: bool = False
+    marks: tuple[int, int] | None = None
     tile: tuple[int, int] | None = None
 
 

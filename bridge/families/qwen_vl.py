@@ -47,6 +47,7 @@ def _spec(
             video_token_id=hf["video_token_id"],
             spatial_merge_size=tower["spatial_merge_size"],
             mrope_section=tuple(section),
+            marks=(hf["vision_start_token_id"], hf["vision_end_token_id"]),
             **vision,
         ),
     )

@@ -191,7 +191,6 @@ def test_an_image_is_given_in_many_ways(images: Path) -> None:
         (talk({"type": "image", "image": b"not one"}, TEXT), "an image of 7 bytes in the row cannot be read"),
         (talk(image("data:image/png;base64,?"), TEXT), "an image that is no base64"),
         (talk({"type": "image"}, TEXT), "an image is a path, base64 or a data URL"),
-        (talk({"type": "video", "video": "a.mp4"}, TEXT), "videos are not read yet"),
         (talk({"type": "audio"}, TEXT), "an entry of `content` is"),
         (talk(TEXT) | {"images": ["a.png"]}, "`images` has 1 more"),
         (talk({"type": "text", "text": "<|image_pad|>"}), "there are 0 pictures, but 1 tokens"),

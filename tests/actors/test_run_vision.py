@@ -1,5 +1,6 @@
 """A model that sees, by its commands: sft on pictures and export, against transformers' model and processor."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGenerat
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from actors.cli import main
+from actors.tiny_vision import IMAGE, START, STOP, VIDEO
 from tests.actors.run_helpers import ROOT, Finished, rows, run
 
 pytestmark = pytest.mark.e2e
@@ -20,7 +22,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vision")
     assert main(["make-model", "tiny-vl", "--output_dir", str(folder)]) == 0
     lines = (folder / "data" / "eval.jsonl").read_text().splitlines(keepends=True)
-    (folder / "few.jsonl").write_text("".join(lines[:8]))
+    images = [json.loads(line)["messages"][0]["content"][0]["image"] for line in lines[:4]]
+    question = [{"type": "video", "video": images, "fps": 2}, {"type": "text", "text": "number"}]
+    row = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "31"}]}
+    (folder / "few.jsonl").write_text("".join([*lines[:7], json.dumps(row) + "\n"]))
     return folder
 
 
@@ -30,7 +35,7 @@ def trained(workspace: Path) -> Finished:
         *("sft", "--config", str(ROOT / "configs" / "sft-tiny-vl.yaml"), "--model", str(workspace / "base")),
         *("--dataset", str(workspace / "data" / "sft.jsonl"), "--eval_dataset", str(workspace / "few.jsonl")),
         *("--output_dir", str(workspace / "sft"), "--max_steps", "2", "--lr_warmup_iters", "0"),
-        *("--eval_steps", "0", "--vit_lr", "1e-4", "--num_cpus", "4"),
+        *("--eval_steps", "0", "--vit_lr", "1e-4", "--num_cpus", "4", "--max_length", "64"),
     )
 
 
@@ -42,32 +47,39 @@ def held_out_loss(model_dir: Path, path: Path) -> tuple[float, int]:
     config = AutoConfig.from_pretrained(model_dir)
     total, count = 0.0, 0
     for row in rows(path):
-        seen = processor(Image.open(row["messages"][0]["content"][0]["image"]), return_tensors="pt")
-        features = int(seen["image_grid_thw"].prod()) // processor.merge_size**2
-        prompt, whole = (
-            encoded(tokenizer, row["messages"][:end], features, config.image_token_id) for end in (1, 2)
-        )
+        entry = row["messages"][0]["content"][0]
+        shown, seen = (image if entry["type"] == "image" else video)(processor, entry)
+        texts = [
+            tokenizer.apply_chat_template(
+                row["messages"][:end], tokenize=False, add_generation_prompt=end == 1
+            ).replace(IMAGE if entry["type"] == "image" else VIDEO, shown)
+            for end in (1, 2)
+        ]
+        prompt, whole = (tokenizer(text)["input_ids"] for text in texts)
         tokens = torch.tensor([whole])
         labels = torch.where(torch.arange(len(whole)) < len(prompt), -100, tokens)
+        kinds = (tokens == config.image_token_id).int() + 2 * (tokens == config.video_token_id).int()
         with torch.no_grad():
-            loss = model(
-                input_ids=tokens,
-                labels=labels,
-                mm_token_type_ids=(tokens == config.image_token_id).int(),
-                **seen,
-            ).loss
+            loss = model(input_ids=tokens, labels=labels, mm_token_type_ids=kinds, **seen).loss
         total += float(loss) * (len(whole) - len(prompt))
         count += len(whole) - len(prompt)
     return total / count, count
 
 
-def encoded(tokenizer: Any, messages: list[Any], features: int, image_token: int) -> list[int]:
-    """A prompt, or a conversation up to the end of its answer, with a token for each of the picture's features."""
-    found = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=False, add_generation_prompt=len(messages) == 1
-    )
-    place = found.index(image_token)
-    return [*found[:place], *[image_token] * features, *found[place + 1 :]]
+def image(processor: Any, entry: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What stands for a picture in the text, and what the model takes."""
+    seen = processor(Image.open(entry["image"]), return_tensors="pt")
+    return IMAGE * (int(seen["image_grid_thw"].prod()) // 4), dict(seen)
+
+
+def video(processor: Any, entry: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The same of four frames, of which two are a step; they are 0.5 seconds apart."""
+    seen = processor([Image.open(path) for path in entry["video"]], return_tensors="pt")
+    frames = seen["pixel_values"].view(4, 24, 3, 2, 64)[:, :, :, 0]
+    pairs = torch.stack([frames[0::2], frames[1::2]], dim=3)
+    inputs = {"pixel_values_videos": pairs.reshape(48, -1), "video_grid_thw": torch.tensor([[2, 4, 6]])}
+    step = f"{START}{VIDEO * 6}{STOP}"
+    return f"<0.2 seconds>{step}<1.2 seconds>{step}", inputs
 
 
 def test_held_out_losses_are_transformers_before_and_after(trained: Finished, workspace: Path) -> None:
