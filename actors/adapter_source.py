@@ -28,7 +28,7 @@ from bridge.model_bridge import ModelBridge
 from bridge.plan import Plan, TensorInfo
 from bridge.safetensors_file import DTYPE_NAMES, DTYPES
 from bridge.side_files import LATEST
-from bridge.vision import OF_TOWER
+from bridge.vision import of_tower
 from configs.errors import ConfigError
 from configs.tuner import TunerConfig
 
@@ -101,7 +101,7 @@ def find_adapter(tuner: TunerConfig, base: ModelBridge) -> AdapterSource | None:
         target_modules=ALL_LINEAR if names == (ALL_LINEAR,) else names,
         modules_to_save=tuner.modules_to_save,
         # Its names may be those of linears in the tower too (Qwen2.5-VL's gate_proj), and PEFT would take these.
-        exclude_modules=OF_TOWER if base.spec.vision is not None else (),
+        exclude_modules=of_tower(base.spec.vision) if base.spec.vision is not None else (),
     )
     try:
         modules = check_adapter(base, config, None, "")

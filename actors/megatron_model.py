@@ -34,7 +34,7 @@ from actors.megatron_setup import (
     scheduler,
     transformer_config,
 )
-from actors.megatron_vision import Look
+from actors.megatron_vision import Look, VisionLanguageModel
 from algorithms.data import FloatRow, MicroBatch, StepResult, float_row
 from algorithms.roles import Predictions, TokenLoss
 from bridge.fit import check_layout
@@ -302,9 +302,9 @@ class MegatronModel:
 def _let_gradients_begin(chunks: Sequence[GPTModel], config: TransformerConfig) -> None:
     """Ask for a gradient of frozen embeddings: a recomputed layer has one only where its input does, and a model
     whose tower alone is trained only where a row has pictures."""
-    if config.recompute_granularity != "full" and config.mrope_section is None:
-        return
     for chunk in chunks:
+        if config.recompute_granularity != "full" and not isinstance(chunk, VisionLanguageModel):
+            continue
         if chunk.pre_process and not any(p.requires_grad for p in chunk.embedding.parameters()):
             chunk.embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
 

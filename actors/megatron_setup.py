@@ -150,7 +150,7 @@ def transformer_config(
     # Megatron has no fields for these; its attention and GPTModel read them from the configuration.
     for name, value in (spec.yarn or {}).items():
         setattr(config, f"yarn_{name}", value)
-    if spec.vision is not None:
+    if spec.vision is not None and spec.vision.mrope_section is not None:
         config.mrope_section = list(spec.vision.mrope_section)
     return config
 

@@ -31,8 +31,8 @@ Look = Callable[[Sequence[Picture]], FloatRow]
 class Seen:
     """What the first stage gets of a row's pictures.
 
-    `patches_PC` of all pictures, `grids_N3` of each; `slots_L` has for each of this rank's tokens the number of
-    its feature, counted from 1, or 0.
+    `patches_PC`, or tiles, of all pictures, `grids_N3` of each; `slots_L` has for each of this rank's tokens the
+    number of its feature, counted from 1, or 0.
     """
 
     patches_PC: torch.Tensor
@@ -64,6 +64,7 @@ class MultimodalRotary(torch.nn.Module):
 
 def _position_of_frequency(vision: VisionSpec) -> list[int]:
     section = vision.mrope_section
+    assert section is not None, "its tokens have three positions"
     if not vision.mrope_interleaved:
         return [position for position, size in enumerate(section) for _ in range(size)]
     found = [0] * sum(section)
@@ -80,12 +81,15 @@ class VisionLanguageModel(GPTModel):
         self, config: TransformerConfig, *args: Any, vision: VisionSpec, rotary_base: float, **options: Any
     ) -> None:
         # Embeddings are scattered once features are among them; Megatron's rotary embedding is not interleaved.
-        options |= {"position_embedding_type": "none", "scatter_embedding_sequence_parallel": False}
+        options |= {"scatter_embedding_sequence_parallel": False, "rotary_base": rotary_base}
+        if vision.mrope_section is not None:
+            options["position_embedding_type"] = "none"
         super().__init__(config, *args, **options)
-        self.position_embedding_type = "mrope"
-        self.mrope_section = vision.mrope_section
-        assert config.kv_channels is not None, "set for every family"
-        self.rotary_pos_emb = MultimodalRotary(vision, config.kv_channels, rotary_base)
+        if vision.mrope_section is not None:
+            self.position_embedding_type = "mrope"
+            self.mrope_section = vision.mrope_section
+            assert config.kv_channels is not None, "set for every family"
+            self.rotary_pos_emb = MultimodalRotary(vision, config.kv_channels, rotary_base)
         self._added: list[torch.Tensor] = []
         if self.pre_process:
             self.visual = build_tower(vision).to(config.params_dtype)
@@ -104,7 +108,7 @@ class VisionLanguageModel(GPTModel):
         packed_seq_params: PackedSeqParams | None = None,
         padding_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As GPTModel's, of tokens [1, L] with the positions [3, 1, L'] of the whole row of L' tokens."""
+        """As GPTModel's, of tokens [1, L]. Where each has three positions: [3, 1, L'], of the whole row."""
         embedded = None
         if self.pre_process:
             embedded = self._embed(input_ids, position_ids, seen)

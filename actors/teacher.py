@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +102,9 @@ def _check_sight(source: ModelSource, sight: Sight | None) -> None:
         return
     vision = spec_of(source.directory)[1].vision
     theirs = None if vision is None else sight_of(vision)
-    if theirs != sight:
+    # What templates leave out is put in by the student's.
+    sight = replace(sight, encode=None, around=None)
+    if theirs is None or replace(theirs, around=None) != sight:
         how = "sees no pictures" if theirs is None else "sees otherwise"
         raise ConfigError(
             f"model.teacher_model: {source.directory} {how}; "

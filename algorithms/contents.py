@@ -2,34 +2,27 @@
 
 import base64
 import binascii
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
+from algorithms.content_text import ENCODED, TAG, VIDEO_TAG
+from algorithms.data import Clip, Message, Source
+from algorithms.rows import Row
 from configs.errors import ConfigError
 
-if TYPE_CHECKING:
-    # `bascule view` starts without numpy.
-    from algorithms.data import Message
-    from algorithms.rows import Row
-
-Source = str | bytes
-"""A picture's path, or what is in its file."""
-
-TAG = "<image>"
-"""Where a text has a picture of the row's `images`."""
-
-# How PNG, JPEG, GIF and WebP begin in base64: rows may hold that without saying so.
-_ENCODED = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
-_SHORT = 64
+_COLUMNS = {TAG: "images", VIDEO_TAG: "videos"}
 
 
-def split_pictures(row: "Row", messages: "Sequence[Message]") -> "tuple[list[Message], list[Source]]":
-    """The messages with `{"type": "image"}` in place of each picture, and the pictures in order.
+def split_pictures(row: Row, messages: Sequence[Message]) -> tuple[list[Message], list[Source]]:
+    """The messages with `{"type": "image"}`, or video, in place of each picture, and the pictures in order.
 
-    Raises ConfigError naming the row for an entry that is no text and no image, for one that is only on the
-    internet, and where the text has not as many tags as the row has `images`.
+    Raises ConfigError naming the row for an entry that is no text and no picture, for one that is only on the
+    internet, and where the text has not as many tags as the row has `images` or `videos`.
     """
-    given = iter(cast(Sequence[Any], row.columns.get("images") or ()))
+    given = {
+        tag: iter(cast(Sequence[Any], row.columns.get(column) or ())) for tag, column in _COLUMNS.items()
+    }
     sources: list[Source] = []
     split: list[Message] = []
     for message in messages:
@@ -40,49 +33,21 @@ def split_pictures(row: "Row", messages: "Sequence[Message]") -> "tuple[list[Mes
         if all(source is None for _, source in entries):
             content = "".join(entry["text"] for entry in content)
         split.append({**message, "content": content})
-    left = len(list(given))
-    if left:
-        raise ConfigError(f"{row.place}: `images` has {left} more than the messages have {TAG} for")
+    for tag, rest in given.items():
+        left = len(list(rest))
+        if left:
+            raise ConfigError(
+                f"{row.place}: `{_COLUMNS[tag]}` has {left} more than the messages have {tag} for"
+            )
     return split, sources
 
 
-def text_of(content: Any) -> str:
-    """What a content says, with a tag where it has a picture."""
-    if isinstance(content, str):
-        return content
-    entries = cast(Sequence[Mapping[str, Any]], content or ())
-    return "".join(entry["text"] if entry.get("type") == "text" else TAG for entry in entries)
-
-
-def without_files(value: Any) -> Any:
-    """The same with what is in a picture's file told by its size: what is recorded is to be read."""
-    if isinstance(value, bytes):
-        return f"{len(value)} bytes"
-    if isinstance(value, str):
-        is_file = len(value) > _SHORT and value.startswith(("data:image", *_ENCODED))
-        return f"{value[:_SHORT]}... ({len(value)} characters)" if is_file else value
-    if isinstance(value, Mapping):
-        return {name: without_files(each) for name, each in cast(Mapping[Any, Any], value).items()}
-    if isinstance(value, list | tuple):
-        return [without_files(each) for each in cast(Sequence[Any], value)]
-    return value
-
-
 def _entries(
-    row: "Row", content: Any, given: Iterator[Any]
+    row: Row, content: Any, given: Mapping[str, Iterator[Any]]
 ) -> Iterator[tuple[Mapping[str, str], Source | None]]:
     """Each entry as templates take it, and its picture if it is one."""
     if isinstance(content, str):
-        first, *rest = content.split(TAG) if row.columns.get("images") else [content]
-        if first or not rest:
-            yield {"type": "text", "text": first}, None
-        for text in rest:
-            image = next(given, None)
-            if image is None:
-                raise ConfigError(f"{row.place}: the messages have more {TAG} than the row has `images`")
-            yield {"type": "image"}, _source(row, image)
-            if text:
-                yield {"type": "text", "text": text}, None
+        yield from _tagged(row, content, given)
         return
     for entry in cast(Sequence[Any], content):
         fields: Mapping[str, Any] = cast(Mapping[str, Any], entry) if isinstance(entry, Mapping) else {}
@@ -95,15 +60,61 @@ def _entries(
             )
             yield {"type": "image"}, _source(row, image)
         elif kind in ("video", "video_url"):
-            raise ConfigError(f"{row.place}: videos are not read yet; give some frames as images")
+            video = next(
+                (fields[key] for key in ("video", "video_url", "path", "url") if fields.get(key)), None
+            )
+            yield {"type": "video"}, _clip(row, video, fields.get("fps") or fields.get("sample_fps"))
         else:
             raise ConfigError(
                 f'{row.place}: an entry of `content` is {{"type": "text", "text": ...}} or '
-                f'{{"type": "image", "image": ...}}, not {entry!r:.80}'
+                f'{{"type": "image", "image": ...}} or the same with video, not {entry!r:.80}'
             )
 
 
-def _source(row: "Row", image: Any) -> Source:
+def _tagged(
+    row: Row, content: str, given: Mapping[str, Iterator[Any]]
+) -> Iterator[tuple[Mapping[str, str], Source | None]]:
+    """A text and the pictures at its tags, of the kinds that the row has a column for."""
+    tags = [tag for tag, column in _COLUMNS.items() if row.columns.get(column)]
+    parts = re.split(f"({'|'.join(tags)})", content) if tags else [content]
+    for number, part in enumerate(parts):
+        if number % 2 == 0:
+            if part or len(parts) == 1:
+                yield {"type": "text", "text": part}, None
+            continue
+        picture = next(given[part], None)
+        if picture is None:
+            raise ConfigError(
+                f"{row.place}: the messages have more {part} than the row has `{_COLUMNS[part]}`"
+            )
+        if part == TAG:
+            yield {"type": "image"}, _source(row, picture)
+        else:
+            yield {"type": "video"}, _clip(row, picture, None)
+
+
+def _clip(row: Row, video: Any, fps: Any) -> Clip:
+    """A video: the path of its file, or a list of frames."""
+    if fps is not None and not (isinstance(fps, int | float) and fps > 0):
+        raise ConfigError(
+            f"{row.place}: `fps` of a video is a number of frames for each second, not {fps!r:.40}"
+        )
+    if isinstance(video, Mapping):
+        fields = cast(Mapping[str, Any], video)
+        return _clip(row, next((fields[key] for key in ("path", "url") if fields.get(key)), None), fps)
+    if isinstance(video, str) and video and not video.startswith(("data:", "http://", "https://")):
+        return Clip(sources=(video.removeprefix("file://"),), is_file=True)
+    if isinstance(video, Sequence) and not isinstance(video, str | bytes) and video:
+        frames = tuple(_source(row, frame) for frame in cast(Sequence[Any], video))
+        return Clip(sources=frames, is_file=False, fps=fps)
+    if isinstance(video, str) and video.startswith("http"):
+        raise ConfigError(f"{row.place}: {video[:80]}: videos are not fetched; save it, and give its path")
+    raise ConfigError(
+        f"{row.place}: a video is the path of its file or a list of frames, not {str(video)[:80]!r}"
+    )
+
+
+def _source(row: Row, image: Any) -> str | bytes:
     if isinstance(image, Mapping):
         fields = cast(Mapping[str, Any], image)
         return _source(row, next((fields[key] for key in ("bytes", "path", "url") if fields.get(key)), None))
@@ -115,12 +126,12 @@ def _source(row: "Row", image: Any) -> Source:
         raise ConfigError(f"{row.place}: {image[:80]}: images are not fetched; save it, and give its path")
     if image.startswith("data:"):
         return _decoded(row, image.partition(",")[2])
-    if image.startswith(_ENCODED) and len(image) > 64:
+    if image.startswith(ENCODED) and len(image) > 64:
         return _decoded(row, image)
     return image.removeprefix("file://")
 
 
-def _decoded(row: "Row", text: str) -> bytes:
+def _decoded(row: Row, text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except binascii.Error as error:

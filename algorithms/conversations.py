@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from algorithms.contents import Source, split_pictures
-from algorithms.data import Message, Picture, Prompt, TrainSample, float_row, int_row
+from algorithms.contents import split_pictures
+from algorithms.data import Message, Picture, Prompt, Source, TrainSample, float_row, int_row
 from algorithms.rows import Row, answer_messages, is_text, prompt_messages, prompt_text
 from algorithms.vision import Eye
 from configs.data import DataConfig
@@ -17,6 +17,9 @@ from configs.sft import SFTConfig
 
 # The same test as transformers' own.
 _MARKED = re.compile(r"\{\%-?\s*generation\s*-?\%\}")
+_SMALLER = (
+    ", or vision.image_max_token_num lower (for videos vision.video_max_token_num or vision.fps_max_frames)"
+)
 
 
 class Tokenizer(Protocol):
@@ -85,6 +88,8 @@ def make_prompts(
         split, sources = split_pictures(row, messages)
         tokens = _encode_prompt(row, split, tokenizer)
         tokens, _, pictures = _look_at(row, tokens, [0] * len(tokens), sources, eye)
+        if any(picture.video for picture in pictures):
+            raise ConfigError(f"{row.place}: engines are shown images, no videos; only sft takes those")
         if data.max_prompt_length is not None and len(tokens) > data.max_prompt_length:
             raise ConfigError(
                 f"{row.place}: the prompt has {len(tokens)} tokens{_with(pictures)}, data.max_prompt_length "
@@ -136,9 +141,9 @@ def make_sft_sample(
             raise ConfigError(
                 f"{row.place}: the sample has {len(tokens)} tokens{_with(pictures)}, sft.max_length allows "
                 f"{sft.max_length}; shorten or remove the row, raise the limit, or set sft.truncation to "
-                f"truncate or drop{', or vision.image_max_token_num lower' if pictures else ''}"
+                f"truncate or drop{_SMALLER if pictures else ''}"
             )
-        end = sft.max_length if eye is None else eye.sight.end_of_whole(tokens, sft.max_length)
+        end = sft.max_length if eye is None else eye.sight.end_of_whole(tokens, pictures, sft.max_length)
         # The first token is not predicted, so that nothing is learned from a mask on it alone.
         if sft.truncation == "drop" or not any(mask[1:end]):
             return None, True

@@ -158,16 +158,32 @@ class TopTokens:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Clip:
+    """A video of a row: its file's path, or its frames (paths, or what is in them), `fps` for each second."""
+
+    sources: tuple[str | bytes, ...]
+    is_file: bool
+    fps: float | None = None
+
+
+Source = str | bytes | Clip
+"""A picture of a row: an image's path or what is in its file, or a video."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Picture:
     """An image or a video: its files, or what is in them, and its patches in time, height and width.
 
-    An image has one file, a video one for each frame; `seconds` is the time between two steps of its grid.
+    An image has one file, a video one for each frame, or one of which `frames` are seen. `seconds` is the time
+    between two steps of its grid, `times` is when they are, in seconds.
     """
 
     sources: tuple[str | bytes, ...]
     grid: tuple[int, int, int]
     video: bool = False
     seconds: float = 1.0
+    frames: tuple[int, ...] = ()
+    times: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

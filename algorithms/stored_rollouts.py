@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from algorithms.contents import without_files
+from algorithms.content_text import without_files
 from algorithms.data import Group, Prompt, Rollout, Scored, Verdict, float_row, int_row, jsonable
 from configs.errors import ConfigError
 

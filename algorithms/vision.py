@@ -1,13 +1,13 @@
 """Where the tokens of pictures are in a sequence: their features, and the positions of all tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from algorithms.data import Picture, Vision, int_row
+from algorithms.data import Picture, Source, Vision, int_row
 from configs.errors import BasculeError
 
 
@@ -19,8 +19,8 @@ class Eye(Protocol):
         """What the model makes of them."""
         ...
 
-    def picture(self, source: str | bytes, place: str) -> Picture:
-        """An image by its path or what is in its file. Raises ConfigError naming `place` and what is wrong."""
+    def picture(self, source: Source, place: str) -> Picture:
+        """An image or a video. Raises ConfigError naming `place` and what is wrong."""
         ...
 
 
@@ -29,7 +29,9 @@ class Sight:
     """What a model makes of pictures: `merge` x `merge` patches become one token.
 
     Frames of a video are `tokens_per_second` positions apart for each second, 1 where it is None; with
-    `timestamps` each is a picture of its own behind a text that tells its time.
+    `timestamps` each is a picture of its own behind a text that tells its time. With `in_a_row` visual tokens are
+    counted like those of text. `around` are tokens before and after an image that templates leave out, or with
+    `timestamps` about each step of a video, after what `encode` makes of its time.
     """
 
     image_token_id: int
@@ -37,6 +39,9 @@ class Sight:
     merge: int
     tokens_per_second: float | None
     timestamps: bool
+    in_a_row: bool = False
+    around: tuple[int, int] | None = None
+    encode: Callable[[str], Sequence[int]] | None = None
 
     def num_tokens(self, picture: Picture) -> int:
         """Tokens of a picture."""
@@ -46,26 +51,54 @@ class Sight:
     def expanded(
         self, tokens: Sequence[int], mask: Sequence[int], pictures: Sequence[Picture]
     ) -> tuple[list[int], list[int]]:
-        """Tokens and loss mask with as many tokens for each image as it has features, none of them trained on.
+        """Tokens and loss mask with as many tokens for each picture as it has features, none of them trained on.
 
         `tokens` have one for each. Raises BasculeError when they have another number.
         """
-        places = [place for place, token in enumerate(tokens) if token == self.image_token_id]
-        if len(places) != len(pictures):
-            raise BasculeError(
-                f"there are {len(pictures)} pictures, but {len(places)} tokens for them in the filled-in template"
-            )
-        sizes, shown = np.ones(len(tokens), np.int64), np.ones(len(tokens), np.int64)
-        sizes[places], shown[places] = [self.num_tokens(picture) for picture in pictures], 0
-        return np.repeat(tokens, sizes).tolist(), np.repeat(np.asarray(mask) * shown, sizes).tolist()
-
-    def end_of_whole(self, tokens: Sequence[int], limit: int) -> int:
-        """Where at most `limit` of more tokens end if no picture is cut through."""
         visual = (self.image_token_id, self.video_token_id)
-        end = limit
-        while end and tokens[end] in visual and tokens[end - 1] in visual:
-            end -= 1
-        return end
+        places = [place for place, token in enumerate(tokens) if token in visual]
+        if [tokens[place] for place in places] != [visual[picture.video] for picture in pictures]:
+            raise BasculeError(
+                f"there are {len(pictures)} pictures, but {len(places)} tokens for them in the filled-in "
+                "template, or tokens for pictures of another kind"
+            )
+        found: list[int] = []
+        kept: list[int] = []
+        before = 0
+        for place, picture in zip(places, pictures, strict=True):
+            shown = self._shown(picture)
+            found += [*tokens[before:place], *shown]
+            kept += [*mask[before:place], *[0] * len(shown)]
+            before = place + 1
+        return [*found, *tokens[before:]], [*kept, *mask[before:]]
+
+    def _shown(self, picture: Picture) -> list[int]:
+        """What stands for a picture in a sequence."""
+        if not picture.video:
+            tokens = [self.image_token_id] * self.num_tokens(picture)
+            return (
+                tokens
+                if self.around is None or self.timestamps
+                else [self.around[0], *tokens, self.around[1]]
+            )
+        tokens = [self.video_token_id] * self.num_tokens(picture)
+        if not self.timestamps:
+            return tokens
+        assert self.encode is not None, "a reader of pictures has a tokenizer"
+        assert self.around is not None, "their times are before them"
+        step = [self.around[0], *tokens[: len(tokens) // picture.grid[0]], self.around[1]]
+        # As transformers does it from 5.10 on, within the tokens that templates have about a video.
+        return [token for time in picture.times for token in [*self.encode(f"<{time:.1f} seconds>"), *step]]
+
+    def end_of_whole(self, tokens: Sequence[int], pictures: Sequence[Picture], limit: int) -> int:
+        """Where at most `limit` of more tokens end if no picture is cut through."""
+        row = np.asarray(tokens[:limit])
+        seen = np.cumsum(self._is_visual(row))
+        whole = np.isin(seen, np.cumsum([0, *(self.num_tokens(picture) for picture in pictures)]))
+        return int(np.flatnonzero(whole).max(initial=-1)) + 1
+
+    def _is_visual(self, row: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return (row == self.image_token_id) | (row == self.video_token_id)
 
     def vision_of(self, tokens: Sequence[int], pictures: Sequence[Picture]) -> Vision | None:
         """What a sequence shows, of `pictures` in the order of their tokens those that it has tokens for.
@@ -73,7 +106,7 @@ class Sight:
         None where it shows nothing. Raises BasculeError where tokens are left, or are for a part of a picture.
         """
         row = np.asarray(tokens)
-        visual_T = (row == self.image_token_id) | (row == self.video_token_id)
+        visual_T = self._is_visual(row)
         ends = np.cumsum([0, *(self.num_tokens(picture) for picture in pictures)])
         found = int(visual_T.sum())
         if found not in ends:
@@ -84,10 +117,11 @@ class Sight:
             return None
         shown = tuple(pictures[: ends.tolist().index(found)])
         grids, intervals = self._grids(shown)
+        in_a_row = np.tile(np.arange(row.size), (3, 1))
         return Vision(
             pictures=shown,
             slots_T=int_row(np.where(visual_T, np.cumsum(visual_T), 0)),
-            positions_3T=int_row(positions_of(~visual_T, grids, intervals)),
+            positions_3T=int_row(in_a_row if self.in_a_row else positions_of(~visual_T, grids, intervals)),
         )
 
     def _grids(self, pictures: Sequence[Picture]) -> tuple[list[tuple[int, int, int]], list[float]]:

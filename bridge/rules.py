@@ -89,11 +89,14 @@ class _Pattern:
 class VisionSpec:
     """Vision tower and aligner of a model that sees, and how their features get into the language model.
 
-    `tower` is transformers' class, with its module, and `config` what it is built from. A grid of T x H x W
-    patches becomes T x H x W / spatial_merge_size^2 tokens, in place of `image_token_id` or `video_token_id`.
-    Features of `deepstack` layers of the tower are added after as many first layers of the decoder. `aligner` are
-    the names in the tower of what translates its features. Frames of a video are `tokens_per_second` positions
-    apart for each second, or 1 where it is None; with `timestamps` each is a picture of its own behind a text.
+    `tower` is the class, with its module, and `config` what it is built from. A grid of T x H x W patches becomes
+    T x H x W / spatial_merge_size^2 tokens, in place of `image_token_id` or `video_token_id`. Features of
+    `deepstack` layers of the tower are added after as many first layers of the decoder. `aligner` are the names in
+    the tower of what translates its features, `hf_modules` what transformers calls it all. Tokens have three
+    positions where `mrope_section` says how a head's frequencies are shared among them, else one. Frames of a
+    video are `tokens_per_second` positions apart for each second, or 1 where it is None; with `timestamps` each is
+    a picture of its own behind a text, between tokens `marks`. `tile`: pixels of a tile (height, width), for a
+    model that sees an image as tiles of one size; None where it sees patches of the whole.
     """
 
     tower: str
@@ -102,11 +105,14 @@ class VisionSpec:
     video_token_id: int
     spatial_merge_size: int
     aligner: tuple[str, ...]
-    mrope_section: tuple[int, int, int]
-    mrope_interleaved: bool
+    hf_modules: tuple[str, ...] = ("visual",)
+    mrope_section: tuple[int, int, int] | None = None
+    mrope_interleaved: bool = False
     deepstack: int = 0
     tokens_per_second: float | None = None
     timestamps: bool = False
+    marks: tuple[int, int] | None = None
+    tile: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,7 +168,7 @@ class Family:
     rules: tuple[Rule, ...]
     megatron: Callable[[Mapping[str, Any]], MegatronSpec]
     copies: tuple[Copy, ...] = ()
-    """Besides `lm_head.weight` of a tied model, which is one everywhere."""
+    """Besides the head of a tied model, which is one everywhere."""
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     """Endings of HF names that hold nothing to train; a save carries them over from the source."""
     modules: tuple[HfModule, ...] = ()
@@ -188,7 +194,8 @@ class Family:
         """Names among `hf_names` that repeat another tensor, and the name of that one."""
         present = set(hf_names)
         embedding = self._embedding(present)
-        possible = {_HEAD: embedding} if spec.tie_word_embeddings else {}
+        heads = [rule.hf[0] for rule in self.rules if rule.mcore == _HEAD]
+        possible = dict.fromkeys(heads, embedding) if spec.tie_word_embeddings else {}
         possible |= self._mtp_copies(spec)
         return {
             name: embedding if original not in present or original in possible else original
@@ -238,7 +245,7 @@ class Family:
 
 
 _EMBEDDING = "embedding.word_embeddings.weight"
-_HEAD = "lm_head.weight"
+_HEAD = "output_layer.weight"
 
 
 _NUMBERS = ("{L}", "{E}", "{M}")

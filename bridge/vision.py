@@ -1,4 +1,4 @@
-"""The part of a model that sees which is transformers' own module: vision tower and aligner."""
+"""The part of a model that sees which is of transformers' own modules: vision tower and aligner."""
 
 import copy
 import pkgutil
@@ -11,10 +11,6 @@ from bridge.rules import VisionSpec
 
 TOWER = "visual."
 """What comes before names of the tower's parameters in Megatron's model."""
-
-
-OF_TOWER = r"(.*\.)?visual\..*"
-"""Hugging Face modules of the tower, as a regular expression; adapters are of the language model alone."""
 
 
 def build_tower(vision: VisionSpec, device: str | None = None) -> torch.nn.Module:
@@ -34,3 +30,8 @@ def part_of(vision: VisionSpec, parameter: str) -> Literal["llm", "vit", "aligne
     if not parameter.startswith(TOWER):
         return "llm"
     return "aligner" if parameter.removeprefix(TOWER).startswith(vision.aligner) else "vit"
+
+
+def of_tower(vision: VisionSpec) -> str:
+    """The tower's Hugging Face modules, as a regular expression."""
+    return rf"(.*\.)?({'|'.join(vision.hf_modules)})\..*"

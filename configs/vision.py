@@ -28,8 +28,18 @@ class VisionConfig(Section):
     """The same as image_max_token_num, in pixels."""
     min_pixels: int | None = Field(default=None, ge=1)
     """The same as image_min_token_num, in pixels."""
+    fps: float = Field(default=2.0, gt=0)
+    """Frames that are seen of a second of a video file. Frames in a list are as many, where a row does not say."""
+    fps_min_frames: int = Field(default=4, ge=1)
+    """Frames of a video file at least, if it has as many."""
+    fps_max_frames: int = Field(default=768, ge=1)
+    """Frames of a video at most."""
+    video_max_token_num: int | None = Field(default=None, ge=1)
+    """Tokens of a step of a video, which is two frames, at most. By default as its preprocessor has it."""
+    video_min_token_num: int | None = Field(default=None, ge=1)
+    """Tokens of a step of a video at least."""
     root_image_dir: Path | None = None
-    """Where relative paths of images begin; by default the current directory."""
+    """Where relative paths of images and videos begin; by default the current directory."""
 
 
 def check_vision(vision: VisionConfig, *, lora: bool) -> None:
@@ -37,6 +47,14 @@ def check_vision(vision: VisionConfig, *, lora: bool) -> None:
     for pixels, tokens in (("max_pixels", "image_max_token_num"), ("min_pixels", "image_min_token_num")):
         if getattr(vision, pixels) is not None and getattr(vision, tokens) is not None:
             raise ValueError(f"vision.{pixels}: give it or vision.{tokens}, not both")
+    for what, least, most in (
+        ("fps_{}_frames", vision.fps_min_frames, vision.fps_max_frames),
+        ("video_{}_token_num", vision.video_min_token_num, vision.video_max_token_num),
+    ):
+        if least is not None and most is not None and least > most:
+            raise ValueError(
+                f"vision.{what.format('min')}: {least} is above vision.{what.format('max')}, {most}"
+            )
     for part in ("vit", "aligner"):
         frozen = f"freeze_{part}"
         if not getattr(vision, frozen) and lora:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.viewer.lines import JsonLines, Line, parse, read_at
-from algorithms.contents import text_of
+from algorithms.content_text import text_of
 
 _SNIPPET = 200
 _SEARCHES = 4

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from algorithms.advantages import has_signal
-from algorithms.contents import text_of
+from algorithms.content_text import text_of
 from algorithms.data import Verdict, float_row
 from algorithms.stored_rollouts import StoredGroup
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from algorithms.contents import text_of
+from algorithms.content_text import text_of
 from algorithms.data import Group
 from configs.errors import ConfigError
 

@@ -9,6 +9,7 @@ from typing import Any
 from bridge.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from bridge.families.glm import GLM4, GLM4_MOE
 from bridge.families.gpt_oss import GPT_OSS
+from bridge.families.internvl import INTERNVL
 from bridge.families.llama import LLAMA, MISTRAL
 from bridge.families.mixtral import MIXTRAL
 from bridge.families.qwen import QWEN2, QWEN3
@@ -36,6 +37,7 @@ FAMILIES = (
     QWEN2_5_VL,
     QWEN3_VL,
     QWEN3_VL_MOE,
+    INTERNVL,
 )
 
 

@@ -67,6 +67,11 @@ def mlp_rules(block: Block) -> tuple[Rule, ...]:
     )
 
 
+def newer_name(name: str) -> str:
+    """What transformers' modules of a model that sees are called; the head is outside of its language model."""
+    return name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
+
+
 DENSE_RULES = (*MODEL_RULES, *norm_rules(DECODER), *attention_rules(DECODER), *mlp_rules(DECODER))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from bridge.families.decoder import DECODER, DENSE_RULES, refuse
+from bridge.families.decoder import DECODER, DENSE_RULES, newer_name, refuse
 from bridge.families.moe import packed_expert_rules, router_rules
 from bridge.families.qwen import QWEN2, QWEN3
 from bridge.families.qwen_moe import QWEN3_MOE
@@ -21,13 +21,8 @@ _MOE_RULES = (*DENSE_RULES, *router_rules(DECODER), *packed_expert_rules(DECODER
 
 
 def _in_both_generations(rules: Sequence[Rule]) -> tuple[Rule, ...]:
-    newer = [replace(rule, hf=tuple(map(_newer_name, rule.hf))) for rule in rules]
+    newer = [replace(rule, hf=tuple(map(newer_name, rule.hf))) for rule in rules]
     return tuple(dict.fromkeys([*newer, *rules]))
-
-
-def _newer_name(name: str) -> str:
-    # The head is outside of both.
-    return name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
 
 
 def _spec(
@@ -52,6 +47,7 @@ def _spec(
             video_token_id=hf["video_token_id"],
             spatial_merge_size=tower["spatial_merge_size"],
             mrope_section=tuple(section),
+            marks=(hf["vision_start_token_id"], hf["vision_end_token_id"]),
             **vision,
         ),
     )

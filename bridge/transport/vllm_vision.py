@@ -7,13 +7,16 @@ have one for videos, which takes torchvision.
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
+
+def __getattr__(name: str) -> Any:
+    """The class of this name in vllm_models, when vLLM asks for it."""
+    without_torchvision()
+    return getattr(importlib.import_module("bridge.transport.vllm_models"), name)
 
 
-def _without_torchvision() -> None:
+def without_torchvision() -> None:
     """Let vLLM find transformers' processor on PIL where it imports the one on torchvision by its module.
 
     Symptom: `import vllm.model_executor.models.qwen3_vl` fails without torchvision, for the sake of a type and of
@@ -23,77 +26,3 @@ def _without_torchvision() -> None:
         found: Any = importlib.import_module("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
         found.Qwen2VLImageProcessor = found.Qwen2VLImageProcessorPil
         sys.modules["transformers.models.qwen2_vl.image_processing_qwen2_vl"] = found
-
-
-_without_torchvision()
-
-from vllm.model_executor.models import qwen2_5_vl, qwen2_vl, qwen3_vl, qwen3_vl_moe  # noqa: E402
-from vllm.multimodal import MULTIMODAL_REGISTRY  # noqa: E402
-
-
-class _Limits:
-    """In place of what a processor knows: an image may be as long as a prompt, and there are no videos."""
-
-    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        return {"image": None}
-
-    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        return {"image": seq_len}
-
-
-class _Qwen2Info(_Limits, qwen2_vl.Qwen2VLProcessingInfo):
-    pass
-
-
-class _Qwen25Info(_Limits, qwen2_5_vl.Qwen2_5_VLProcessingInfo):
-    pass
-
-
-class _Qwen3Info(_Limits, qwen3_vl.Qwen3VLProcessingInfo):
-    pass
-
-
-class _Qwen3MoeInfo(_Limits, qwen3_vl_moe.Qwen3VLMoeProcessingInfo):
-    pass
-
-
-@MULTIMODAL_REGISTRY.register_processor(
-    qwen2_vl.Qwen2VLMultiModalProcessor, info=_Qwen2Info, dummy_inputs=qwen2_vl.Qwen2VLDummyInputsBuilder
-)
-class Qwen2VL(qwen2_vl.Qwen2VLForConditionalGeneration):
-    """Qwen2VLForConditionalGeneration."""
-
-
-@MULTIMODAL_REGISTRY.register_processor(
-    qwen2_5_vl.Qwen2_5_VLMultiModalProcessor,
-    info=_Qwen25Info,
-    dummy_inputs=qwen2_5_vl.Qwen2_5_VLDummyInputsBuilder,
-)
-class Qwen25VL(qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
-    """Qwen2_5_VLForConditionalGeneration."""
-
-
-@MULTIMODAL_REGISTRY.register_processor(
-    qwen3_vl.Qwen3VLMultiModalProcessor, info=_Qwen3Info, dummy_inputs=qwen3_vl.Qwen3VLDummyInputsBuilder
-)
-class Qwen3VL(qwen3_vl.Qwen3VLForConditionalGeneration):
-    """Qwen3VLForConditionalGeneration."""
-
-
-@MULTIMODAL_REGISTRY.register_processor(
-    qwen3_vl.Qwen3VLMultiModalProcessor, info=_Qwen3MoeInfo, dummy_inputs=qwen3_vl.Qwen3VLDummyInputsBuilder
-)
-class Qwen3VLMoe(qwen3_vl_moe.Qwen3VLMoeForConditionalGeneration):
-    """Qwen3VLMoeForConditionalGeneration, whose packed experts may lie in either way."""
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """vLLM 0.32 takes them as published, with input features first, and not as transformers has them."""
-        config: Any = self.config
-        hidden = config.text_config.hidden_size
-        return super().load_weights((name, _as_published(name, tensor, hidden)) for name, tensor in weights)
-
-
-def _as_published(name: str, tensor: torch.Tensor, hidden: int) -> torch.Tensor:
-    """[experts, hidden, 2 x width] or [experts, width, hidden]; the sides differ (bridge.families.qwen_vl)."""
-    side = {"gate_up_proj": 1, "down_proj": 2}.get(name.rpartition(".experts.")[2])
-    return tensor if side is None or tensor.shape[side] == hidden else tensor.transpose(1, 2)

@@ -11,7 +11,7 @@ from typing import Any
 import megatron_vision
 import torch
 import transformers as hf
-from megatron_vision import IDS, MERGE, PATCH
+from megatron_vision import IDS, IMAGE, MERGE, PATCH, TILE
 from megatron_worker_reference import (
     BETAS,
     EPS,
@@ -129,6 +129,24 @@ SIGHTED: dict[str, hf.PretrainedConfig] = {
         **IDS,
         text_config={**TEXT, **EXPERTS, "moe_intermediate_size": 8, "num_experts": 6},
         vision_config=QWEN3_TOWER,
+    ),
+    "internvl": hf.InternVLConfig(
+        image_token_id=IMAGE,
+        text_config={
+            "model_type": "qwen3",
+            **GROUPS,
+            "head_dim": 8,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        },
+        vision_config={
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 20,
+            "image_size": TILE,
+            "patch_size": PATCH,
+        },
+        tie_word_embeddings=False,
     ),
 }
 CONFIGS |= SIGHTED

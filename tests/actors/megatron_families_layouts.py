@@ -70,7 +70,7 @@ MOE = (
     "gpt_oss",
     "gpt_oss-yarn",
 )
-SIGHTED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+SIGHTED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "internvl")
 UNDER_TP = ("llama-biases", "mistral", "qwen2-tied", "qwen3", "qwen3-1-group", "glm4", "seed_oss")
 WITHOUT_BIASES = tuple(family for family in MOE if not family.startswith("gpt_oss"))
 
@@ -93,9 +93,25 @@ STEPS: dict[str, tuple[str, ...]] = {
         "gpt_oss-yarn",
     ),
     "pp2-first1": ("qwen2-tied", "qwen3_moe"),
-    "pp2-vpp2": ("qwen2_5_vl", "llama-3-groups", "qwen2-tied", "qwen2_moe", "deepseek_v3-yarn", "gpt_oss"),
+    "pp2-vpp2": (
+        "qwen2_5_vl",
+        "internvl",
+        "llama-3-groups",
+        "qwen2-tied",
+        "qwen2_moe",
+        "deepseek_v3-yarn",
+        "gpt_oss",
+    ),
     "pp2-vpp2-layout": ("qwen2-tied", "deepseek_v3"),
-    "cp2": ("qwen2_5_vl", "qwen3_vl", "llama-3-groups", "seed_oss", "deepseek_v3-yarn", "gpt_oss-yarn"),
+    "cp2": (
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "internvl",
+        "llama-3-groups",
+        "seed_oss",
+        "deepseek_v3-yarn",
+        "gpt_oss-yarn",
+    ),
     "cp2-ep2": ("qwen3_moe", "gpt_oss"),
     "tp4-sp": ("qwen3-12-heads",),
     "tp2-sp-pp2-ep2": ("qwen2_moe", "deepseek_v3", "gpt_oss"),

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import transformers as hf
 from PIL import Image
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from algorithms.data import FloatRow, MicroBatch, Picture, float_row, int_row
@@ -18,7 +19,7 @@ from algorithms.vision import Sight
 
 START, END, IMAGE, VIDEO = 120, 121, 122, 123
 """Ids in a vocabulary of 131 tokens."""
-PATCH, MERGE = 2, 2
+PATCH, MERGE, TILE = 2, 2, 8
 IDS = {
     "vision_start_token_id": START,
     "vision_end_token_id": END,
@@ -36,11 +37,21 @@ def processor() -> Any:
 
 
 @cache
+def tiles() -> Any:
+    """InternVL's."""
+    size = {"height": TILE, "width": TILE}
+    return GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, max_patches=4)
+
+
+@cache
 def patches_of(source: str) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """Patches and grid of a random image; the source is `number WxH`."""
-    number, _, size = source.partition(" ")
+    """Patches and grid of a random image; the source is `number WxH`, or `number WxH tiles`."""
+    number, size, *tiled = source.split(" ")
     width, height = map(int, size.split("x"))
     pixels = np.random.default_rng(int(number)).integers(0, 256, (height, width, 3), np.uint8)
+    if tiled:
+        found = tiles()(Image.fromarray(pixels), return_tensors="pt")["pixel_values"]
+        return found.flatten(1), (len(found), TILE // PATCH, TILE // PATCH)
     found = processor()(Image.fromarray(pixels), return_tensors="pt")
     return found["pixel_values"], tuple(found["image_grid_thw"][0].tolist())
 
@@ -69,17 +80,18 @@ def look(pictures: Sequence[Picture]) -> FloatRow:
 
 
 def make_sequences(config: hf.PretrainedConfig) -> list[MicroBatch]:
-    """Text only; two images of different sizes; a video; an image and a video."""
+    """Text only; two images of different sizes; a video; an image and a video (InternVL has none)."""
     stamped = config.model_type.startswith("qwen3")
-    tower = config.vision_config
+    tower, tiled = config.vision_config, config.model_type == "internvl"
     sight = Sight(
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         merge=MERGE,
         tokens_per_second=tower.tokens_per_second if config.model_type == "qwen2_5_vl" else None,
         timestamps=stamped,
+        in_a_row=tiled,
     )
-    small, wide, tall = picture("1 8x8"), picture("2 13x8"), picture("3 9x17")
+    small, wide, tall = (picture(source + " tiles" * tiled) for source in ("1 8x8", "2 13x8", "3 9x17"))
     video = picture("4 8x9", "5 8x9", "6 8x9", "7 8x9", seconds=_SECONDS)
     rng = np.random.default_rng(5)
 
@@ -96,6 +108,8 @@ def make_sequences(config: hf.PretrainedConfig) -> list[MicroBatch]:
         return [token for _ in range(steps) for token in [*text(2), *frame]]
 
     parts = [(6, [], 3), (2, [small, tall], 4), (3, [video], 2), (1, [wide, video], 5)]
+    if tiled:
+        parts = [(6, [], 3), (2, [small, tall], 4), (1, [wide], 5)]
     rows: list[MicroBatch] = []
     for before, pictures, after in parts:
         between = [token for each in pictures for token in [*shown(each), *text(1)]]
@@ -124,6 +138,9 @@ def inputs_of(row: MicroBatch) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": tokens}
     if row.vision is None:
         return inputs
+    if any(source.endswith(" tiles") for each in row.vision.pictures for source in map(str, each.sources)):
+        values = torch.cat([patches(each) for each in row.vision.pictures])
+        return inputs | {"pixel_values": values.unflatten(1, (3, TILE, TILE))}
     inputs["mm_token_type_ids"] = (tokens == IMAGE).int() + 2 * (tokens == VIDEO).int()
     for video, values, grid in (
         (False, "pixel_values", "image_grid_thw"),

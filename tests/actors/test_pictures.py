@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoTokenizer, Qwen3VLModel
+from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration, Qwen3VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from actors.pictures import PictureReader
 from actors.tiny_vision import build_tiny_vision_model, draw_number, write_numbers
+from algorithms.completions import sample_of
+from algorithms.content_text import text_of, without_files
 from algorithms.contents import split_pictures
-from algorithms.conversations import Samples, make_sft_samples
-from algorithms.data import MicroBatch, TrainSample
+from algorithms.conversations import Samples, make_prompts, make_sft_samples
+from algorithms.data import MicroBatch, Rollout, TrainSample, float_row, int_row
 from algorithms.packing import pack
 from algorithms.rows import Row, check_row
 from bridge.families import spec_of
@@ -30,6 +32,7 @@ from configs.errors import BasculeError, ConfigError
 from configs.schema import TrainerConfig
 from configs.sft import SFTConfig
 from configs.vision import VisionConfig
+from tests.actors.tiny_internvl import build_tiny_internvl, processed
 
 PLACE = "rows.jsonl:1"
 
@@ -127,6 +130,39 @@ def test_a_sample_has_the_tokens_mask_and_positions_of_transformers(model: Path,
     np.testing.assert_array_equal(sample.vision.positions_3T, positions[:, 0].numpy())
 
 
+@pytest.fixture(scope="module")
+def tiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_internvl(tmp_path_factory.mktemp("internvl"), seed=3)
+
+
+def test_a_sample_of_tiles_is_what_transformers_makes_of_it(tiled: Path, images: Path) -> None:
+    paths = [images / "wide.png", images / "tall.jpg"]
+    row = talk(image(paths[0]), TEXT, image(paths[1]), TEXT)
+    (sample,) = samples_of(tiled, row).kept
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiled)
+    text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    tokens, tiles = processed(tiled, text, [Image.open(path).convert("RGB") for path in paths])
+    assert sample.tokens.tolist() == tokens
+    assert sample.loss_mask.sum() == 2
+    assert sample.vision is not None
+    assert [picture.grid[0] for picture in sample.vision.pictures] == [3, 3]
+    assert sample.vision.slots_T.max() == 16 * len(tiles)
+    assert sample.vision.positions_3T.tolist() == [list(range(len(tokens)))] * 3
+    np.testing.assert_array_equal(reader(tiled).patches(sample.vision.pictures), tiles.flatten(1).numpy())
+
+
+def test_tiles_are_limited_by_their_tokens(tiled: Path, images: Path) -> None:
+    def tiles(**options: Any) -> int:
+        return reader(tiled, root_image_dir=images, **options).picture("large.webp", PLACE).grid[0]
+
+    # Seven are 3 x 2 and the whole. 63 tokens are room for 2 x 1 and the whole, to which 1 x 1 is nearer.
+    assert (tiles(), tiles(image_max_token_num=63), tiles(image_max_token_num=16)) == (7, 1, 1)
+    with pytest.raises(ConfigError, match="15 is less than the 16 tokens of a tile"):
+        tiles(image_max_token_num=15)
+    with pytest.raises(ConfigError, match=r"vision.max_pixels: this model sees tiles of one size"):
+        tiles(max_pixels=1000)
+
+
 def test_an_image_is_given_in_many_ways(images: Path) -> None:
     path = images / "wide.png"
     data = path.read_bytes()
@@ -157,7 +193,6 @@ def test_an_image_is_given_in_many_ways(images: Path) -> None:
         (talk({"type": "image", "image": b"not one"}, TEXT), "an image of 7 bytes in the row cannot be read"),
         (talk(image("data:image/png;base64,?"), TEXT), "an image that is no base64"),
         (talk({"type": "image"}, TEXT), "an image is a path, base64 or a data URL"),
-        (talk({"type": "video", "video": "a.mp4"}, TEXT), "videos are not read yet"),
         (talk({"type": "audio"}, TEXT), "an entry of `content` is"),
         (talk(TEXT) | {"images": ["a.png"]}, "`images` has 1 more"),
         (talk({"type": "text", "text": "<|image_pad|>"}), "there are 0 pictures, but 1 tokens"),
@@ -242,6 +277,74 @@ def test_parts_are_frozen_by_name(model: Path) -> None:
     assert {part_of(spec.vision, name) for name in rest} == {"vit", "llm"}
     assert "output_layer.weight" in rest
     assert "visual.deepstack_merger_list.0.norm.weight" in by_default - rest
+
+
+def test_a_prompt_has_the_positions_of_its_pictures_and_its_completion_those_of_text(
+    model: Path, images: Path
+) -> None:
+    content = [{"type": "image", "image": str(images / "wide.png")}, {"type": "text", "text": "range 1"}]
+    row = Row(id="train-1", place=PLACE, columns={"messages": [{"role": "user", "content": content}]})
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    data = DataConfig(dataset=("rows.jsonl",))
+    (prompt,) = make_prompts([row], tokenizer, data, reader(model))
+    image_token = AutoConfig.from_pretrained(model).image_token_id
+    assert prompt.vision is not None
+    # A sampled token of a picture is one of text: nothing is behind it.
+    said = int_row([tokenizer.encode("7")[0], image_token, tokenizer.eos_token_id])
+    rollout = Rollout(
+        tokens=said,
+        logprobs=float_row([-1.0, -1.0, -1.0]),
+        text="7",
+        finish="stop",
+        loss_mask=int_row([1, 1, 1]),
+        versions=(0, 0),
+    )
+    sample = sample_of(prompt, rollout)
+    size = prompt.tokens.size
+    assert sample.vision is not None
+    assert sample.vision.pictures == prompt.vision.pictures
+    np.testing.assert_array_equal(sample.vision.slots_T[size:], 0)
+    assert sample.vision.slots_T.max() == sum(prompt.tokens == image_token)
+    as_text = torch.tensor([[*prompt.tokens.tolist(), *[1] * 3]])
+    seen = Qwen2VLImageProcessorPil.from_pretrained(model)(
+        Image.open(images / "wide.png"), return_tensors="pt"
+    )
+    whole = Qwen3VLForConditionalGeneration.from_pretrained(model)
+    expected, _ = whole.model.get_rope_index(
+        input_ids=as_text,
+        mm_token_type_ids=(as_text == image_token).int(),
+        image_grid_thw=seen["image_grid_thw"],
+    )
+    np.testing.assert_array_equal(sample.vision.positions_3T, expected[:, 0].numpy())
+    with pytest.raises(
+        ConfigError, match=f"{PLACE}: the row has pictures, and the model is one that sees none"
+    ):
+        make_prompts([row], tokenizer, data)
+    with pytest.raises(ConfigError, match=r"with those of 1 pictures, data.max_prompt_length allows 5"):
+        make_prompts([row], tokenizer, data.model_copy(update={"max_prompt_length": 5}), reader(model))
+    video = [{"type": "video", "video": [str(images / "wide.png")] * 4}]
+    columns = {"messages": [{"role": "user", "content": video}]}
+    with pytest.raises(ConfigError, match="no videos; only sft takes those"):
+        make_prompts([Row(id="v", place=PLACE, columns=columns)], tokenizer, data, reader(model))
+
+
+def test_what_is_recorded_of_pictures_can_be_read(images: Path) -> None:
+    data = (images / "large.webp").read_bytes()
+    encoded = base64.b64encode(data).decode()
+    content = [
+        {"type": "image", "image": encoded},
+        {"type": "text", "text": " what?"},
+        {"type": "video", "video": "v.mp4"},
+    ]
+    assert text_of(content) == "<image> what?<video>"
+    assert text_of("plain") == "plain"
+    row = {"images": [{"bytes": data, "path": None}], "messages": [{"content": content}], "answer": "UklGR"}
+    found = without_files(row)
+    assert found["images"] == [{"bytes": f"{len(data)} bytes", "path": None}]
+    assert found["answer"] == "UklGR"
+    kept = found["messages"][0]["content"]
+    assert kept[0]["image"] == f"{encoded[:64]}... ({len(encoded)} characters)"
+    assert kept[1:] == content[1:]
 
 
 def test_the_demo_holds_numbers_out(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGenerat
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from actors.cli import main
+from actors.tiny_vision import IMAGE, START, STOP, VIDEO
 from tests.actors.run_helpers import ROOT, Finished, rows, run
 
 pytestmark = pytest.mark.e2e
@@ -22,7 +23,11 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vision")
     assert main(["make-model", "tiny-vl", "--output_dir", str(folder)]) == 0
     lines = (folder / "data" / "eval.jsonl").read_text().splitlines(keepends=True)
+    images = [json.loads(line)["prompt"][0]["content"][0]["image"] for line in lines[:4]]
+    question = [{"type": "video", "video": images, "fps": 2}, {"type": "text", "text": "number"}]
+    row = {"prompt": [{"role": "user", "content": question}], "completion": "31"}
     (folder / "few.jsonl").write_text("".join(lines[:8]))
+    (folder / "mixed.jsonl").write_text("".join([*lines[:7], json.dumps(row) + "\n"]))
     # Completions of one prompt get different rewards, whatever they are.
     (folder / "reward.py").write_text(
         "def spread(completions, completion_ids, **_):\n"
@@ -39,10 +44,10 @@ def trained(workspace: Path) -> Finished:
             "--dataset",
             str(workspace / "data" / "train.jsonl"),
             "--eval_dataset",
-            str(workspace / "few.jsonl"),
+            str(workspace / "mixed.jsonl"),
         ),
         *("--output_dir", str(workspace / "sft"), "--max_steps", "2", "--lr_warmup_iters", "0"),
-        *("--eval_steps", "0", "--vit_lr", "1e-4", "--num_cpus", "4"),
+        *("--eval_steps", "0", "--vit_lr", "1e-4", "--num_cpus", "4", "--max_length", "64"),
     )
 
 
@@ -96,14 +101,14 @@ class Seen:
     prompt: list[int]
     whole: list[int]
     picture: Any
-    image_token: int
+    config: Any
 
     def logits(self, model: Any, tokens: list[int]) -> torch.Tensor:
         """Logits [T, V] of tokens that begin with the prompt's."""
         row = torch.tensor([tokens])
         with torch.no_grad():
-            types = (row == self.image_token).int()
-            return model(input_ids=row, mm_token_type_ids=types, **self.picture).logits[0]
+            kinds = (row == self.config.image_token_id).int() + 2 * (row == self.config.video_token_id).int()
+            return model(input_ids=row, mm_token_type_ids=kinds, **self.picture).logits[0]
 
 
 def load(model_dir: Path) -> Any:
@@ -112,17 +117,38 @@ def load(model_dir: Path) -> Any:
 
 def seen(model_dir: Path, path: Path) -> list[Seen]:
     """All rows of a file."""
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer, config = AutoTokenizer.from_pretrained(model_dir), AutoConfig.from_pretrained(model_dir)
     processor = Qwen2VLImageProcessorPil.from_pretrained(model_dir)
-    image_token = AutoConfig.from_pretrained(model_dir).image_token_id
     found: list[Seen] = []
     for row in rows(path):
-        picture = processor(Image.open(row["prompt"][0]["content"][0]["image"]), return_tensors="pt")
-        features = int(picture["image_grid_thw"].prod()) // processor.merge_size**2
+        entry = row["prompt"][0]["content"][0]
+        shown, picture = (image if entry["type"] == "image" else video)(processor, entry)
         messages = [*row["prompt"], {"role": "assistant", "content": row["completion"]}]
-        prompt, whole = (encoded(tokenizer, messages[:end], features, image_token) for end in (1, 2))
-        found.append(Seen(prompt=prompt, whole=whole, picture=picture, image_token=image_token))
+        texts = [
+            tokenizer.apply_chat_template(
+                messages[:end], tokenize=False, add_generation_prompt=end == 1
+            ).replace(IMAGE if entry["type"] == "image" else VIDEO, shown)
+            for end in (1, 2)
+        ]
+        prompt, whole = (tokenizer(text)["input_ids"] for text in texts)
+        found.append(Seen(prompt=prompt, whole=whole, picture=picture, config=config))
     return found
+
+
+def image(processor: Any, entry: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What stands for a picture in the text, and what the model takes."""
+    seen = processor(Image.open(entry["image"]), return_tensors="pt")
+    return IMAGE * (int(seen["image_grid_thw"].prod()) // 4), dict(seen)
+
+
+def video(processor: Any, entry: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The same of four frames, of which two are a step; they are 0.5 seconds apart."""
+    seen = processor([Image.open(path) for path in entry["video"]], return_tensors="pt")
+    frames = seen["pixel_values"].view(4, 24, 3, 2, 64)[:, :, :, 0]
+    pairs = torch.stack([frames[0::2], frames[1::2]], dim=3)
+    inputs = {"pixel_values_videos": pairs.reshape(48, -1), "video_grid_thw": torch.tensor([[2, 4, 6]])}
+    step = f"{START}{VIDEO * 6}{STOP}"
+    return f"<0.2 seconds>{step}<1.2 seconds>{step}", inputs
 
 
 def answer_logprobs(row: Seen, model: Any) -> torch.Tensor:
@@ -140,21 +166,12 @@ def held_out_loss(model_dir: Path, path: Path) -> tuple[float, int]:
     return total / count, count
 
 
-def encoded(tokenizer: Any, messages: list[Any], features: int, image_token: int) -> list[int]:
-    """A prompt, or a conversation up to the end of its answer, with a token for each of the picture's features."""
-    found = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=False, add_generation_prompt=len(messages) == 1
-    )
-    place = found.index(image_token)
-    return [*found[:place], *[image_token] * features, *found[place + 1 :]]
-
-
 def test_held_out_losses_are_transformers_before_and_after(trained: Finished, workspace: Path) -> None:
     assert trained.code == 0, trained.err
     assert trained.left == []
     found = {row["step"]: row for row in rows(workspace / "sft" / "metrics.jsonl") if "eval/loss" in row}
-    before, count = held_out_loss(workspace / "base", workspace / "few.jsonl")
-    after, _ = held_out_loss(workspace / "sft" / "checkpoint", workspace / "few.jsonl")
+    before, count = held_out_loss(workspace / "base", workspace / "mixed.jsonl")
+    after, _ = held_out_loss(workspace / "sft" / "checkpoint", workspace / "mixed.jsonl")
     assert found[0]["eval/num_tokens"] == count
     assert found[0]["eval/loss"] == pytest.approx(before, rel=1e-5)
     assert found[2]["eval/loss"] == pytest.approx(after, rel=1e-5)

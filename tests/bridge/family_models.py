@@ -84,6 +84,14 @@ QWEN3_TOWER = {
     "num_position_embeddings": 16,
     "deepstack_visual_indexes": [0],
 }
+INTERNVL_TOWER = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 20,
+    "image_size": 8,
+    "patch_size": 2,
+}
 SIGHTED: dict[str, hf.PretrainedConfig] = {
     "qwen2_vl": hf.Qwen2VLConfig(
         text_config={**TWO_GROUPS, "hidden_size": 48, "rope_parameters": MROPE},
@@ -118,6 +126,16 @@ SIGHTED: dict[str, hf.PretrainedConfig] = {
             "rope_parameters": INTERLEAVED,
         },
         vision_config={**QWEN3_TOWER, "out_hidden_size": 36},
+    ),
+    "internvl": hf.InternVLConfig(
+        text_config={"model_type": "qwen2", **TWO_GROUPS},
+        vision_config=INTERNVL_TOWER,
+        tie_word_embeddings=False,
+    ),
+    "internvl qwen3 tied": hf.InternVLConfig(
+        text_config={"model_type": "qwen3", **TWO_GROUPS, "head_dim": 4, "tie_word_embeddings": True},
+        vision_config={**INTERNVL_TOWER, "use_qk_norm": True, "attention_bias": True},
+        tie_word_embeddings=True,
     ),
 }
 CONFIGS |= SIGHTED
@@ -194,8 +212,13 @@ def megatron_tensors(model: hf.PreTrainedModel, config: hf.PretrainedConfig) -> 
     core, config = model.model, text_of(config)
     layers = config.num_hidden_layers
     seen = {}
-    if hasattr(core, "visual"):
-        seen = {f"visual.{name}": parameter for name, parameter in core.visual.named_parameters()}
+    if hasattr(core, "language_model"):
+        towers = {"visual.": core.visual} if hasattr(core, "visual") else parts_of_internvl(core)
+        seen = {
+            prefix + name: parameter
+            for prefix, tower in towers.items()
+            for name, parameter in tower.named_parameters()
+        }
         core = core.language_model
     found = seen | {
         "embedding.word_embeddings.weight": core.embed_tokens.weight,
@@ -217,6 +240,11 @@ def megatron_tensors(model: hf.PreTrainedModel, config: hf.PretrainedConfig) -> 
             found[f"{mcore}{name}.weight"] = extra[f"{prefix}{name}.weight"]
         found[f"{mcore}final_layernorm.weight"] = extra[prefix + "shared_head.norm.weight"]
     return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def parts_of_internvl(core: Any) -> dict[str, torch.nn.Module]:
+    """Tower and projector by what Megatron's model has before their names."""
+    return {f"visual.{name}.": getattr(core, name) for name in ("vision_tower", "multi_modal_projector")}
 
 
 def decoder_layer(layer: Any, config: hf.PretrainedConfig) -> dict[str, torch.Tensor]:

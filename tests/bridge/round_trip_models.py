@@ -24,6 +24,8 @@ def resized(config: hf.PretrainedConfig, **changes: Any) -> hf.PretrainedConfig:
     values = config.to_dict()
     text = values.get("text_config", values)
     text |= changes
+    if "tie_word_embeddings" in changes:
+        values["tie_word_embeddings"] = changes["tie_word_embeddings"]
     # It follows from the number of layers.
     text.pop("layer_types", None)
     return type(config).from_dict(values)

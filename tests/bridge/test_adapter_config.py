@@ -18,7 +18,7 @@ from bridge.adapter_config import (
     read_adapter_config,
 )
 from bridge.model_bridge import ModelBridge
-from bridge.vision import OF_TOWER
+from bridge.vision import of_tower
 from configs.errors import ConfigError
 from tests.bridge.family_models import CONFIGS, build, save
 
@@ -131,7 +131,9 @@ def test_adapters_of_a_model_that_sees_are_the_language_models(tmp_path: Path) -
     config = CONFIGS["qwen2_5_vl"]
     save(build(config), config, tmp_path)
     base = ModelBridge(tmp_path)
-    adapter = AdapterConfig(r=2, lora_alpha=4, target_modules=ALL_LINEAR, exclude_modules=OF_TOWER)
+    assert base.spec.vision is not None
+    excluded = of_tower(base.spec.vision)
+    adapter = AdapterConfig(r=2, lora_alpha=4, target_modules=ALL_LINEAR, exclude_modules=excluded)
     modules = check_adapter(base, adapter, None, "")
     settings = adapter.to_json(str(tmp_path), leaf_names(modules))
     model = AutoModelForImageTextToText.from_pretrained(tmp_path)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.bridge import round_trip_models as models
-from tests.bridge.family_models import CONFIGS
+from tests.bridge.family_models import CONFIGS, SIGHTED
 from tests.bridge.round_trip_cases import DRAWS, LAYOUTS, Case, deep, draw, matrix
 
 pytestmark = pytest.mark.megatron
@@ -349,7 +349,7 @@ def test_what_is_saved_gives_transformers_the_same_logits(
     name = next(name for name in reversed(MATRIX) if name.endswith(f"/{family}"))
     outcomes(name)
     tokens = torch.arange(7)[None]
-    kind: Any = AutoModelForImageTextToText if "_vl" in family else AutoModelForCausalLM
+    kind: Any = AutoModelForImageTextToText if family in SIGHTED else AutoModelForCausalLM
     logits = [
         kind.from_pretrained(path, dtype=torch.float32)(tokens).logits
         for path in (root / cases[name].source, output(root, name, cases[name]))

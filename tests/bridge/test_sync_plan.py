@@ -8,7 +8,7 @@ import torch
 
 from bridge.layouts import Region
 from bridge.plan import Piece, Plan, TensorInfo
-from bridge.sync_plan import SyncPlanError, cut_plan, from_wire, sources, to_wire, unit_of
+from bridge.sync_plan import SyncPlanError, changing_units, cut_plan, from_wire, sources, to_wire, unit_of
 from tests.bridge.sync_plans import info, piece, whole
 
 
@@ -81,6 +81,21 @@ def test_a_unit_travels_together_wherever_its_tensors_stand_in_the_plan() -> Non
         f"{names[index]}.weight" for index in (0, 2, 1, 3)
     ]
     assert plan.units == ("m.layers.0.attn", "m.layers.0.mlp")
+
+
+def test_units_apart_come_last_and_share_no_bucket() -> None:
+    names = [f"model.layers.{number}.mlp.down_proj.weight" for number in range(4)]
+    plan = whole(*(info(name, 4, 4) for name in names))
+    apart = {"model.layers.1.mlp", "model.layers.3.mlp"}
+    cut = cut_plan(plan, 1 << 20, apart)
+    found = [{unit_of(part.info.name) for part in bucket.parts} for bucket in cut.buckets]
+    assert found == [{"model.layers.0.mlp", "model.layers.2.mlp"}, apart]
+    assert cut.buckets_of({"model.layers.0.mlp"}) == (0,)
+    every = {unit_of(name) for name in names}
+    assert len(cut_plan(plan, 1 << 20, every).buckets) == 1
+    fixed = {plan.pieces[name][0].parameter for name in (names[1], names[3])}
+    assert changing_units(plan, 0, fixed) == every - apart
+    assert changing_units(plan, 1, ()) == frozenset()
 
 
 def test_buckets_of_some_units_are_those_that_hold_a_part_of_them() -> None:
