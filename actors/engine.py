@@ -112,7 +112,7 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
-            self._eyes = Eyes(Path(self._arguments["model"]), self._config)
+            self._eyes = Eyes(Path(self._arguments["model"]), self._config.vision)
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._arguments))
             await self._llm.update_weight_version(str(self._version))
             await self._watch.begin(self._llm)

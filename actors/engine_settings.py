@@ -102,6 +102,7 @@ def completion_arguments(model_path: str, device: str, dtype: str, length: int) 
         "enforce_eager": True,
         "disable_log_stats": True,
         **_memory_arguments(EngineConfig(), device),
+        **_vision_arguments(model_path, device),
     }
 
 

@@ -14,7 +14,7 @@ from actors.pictures import PictureReader
 from algorithms.data import Vision
 from bridge.families import spec_of
 from configs.errors import BasculeError
-from configs.schema import RunConfig
+from configs.vision import VisionConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,9 +29,10 @@ class Shown:
 class Eyes:
     """Makes pictures ready for one model, which need not be one that sees."""
 
-    def __init__(self, directory: Path, config: RunConfig) -> None:
+    def __init__(self, directory: Path, config: VisionConfig) -> None:
+        """The image processor is that of the model directory, within the limits of `config`."""
         vision = spec_of(directory)[1].vision if directory.is_dir() else None
-        self._reader = None if vision is None else PictureReader(directory, vision, config.vision)
+        self._reader = None if vision is None else PictureReader(directory, vision, config)
 
     @property
     def are_there(self) -> bool:

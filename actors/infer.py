@@ -10,12 +10,20 @@ from typing import Any
 
 from actors.engine_settings import completion_arguments, engine_environment
 from actors.engine_stream import stream_completion
-from actors.engine_support import check_routing
+from actors.engine_support import check_routing, check_sight
+from actors.engine_vision import Eyes, engine_input
 from actors.env import resolve_device
 from actors.model_source import is_torch_dist, load_tokenizer
+from actors.pictures import PictureReader
+from algorithms.conversations import make_prompts
+from algorithms.data import Vision
+from algorithms.rows import Row
 from bridge.checkpoint import check_files, resolve_model
+from bridge.families import read_hf_config, spec_of
+from configs.data import DataConfig
 from configs.errors import BasculeError, ConfigError
 from configs.export import InferConfig
+from configs.vision import VisionConfig
 
 OnText = Callable[[str], None]
 
@@ -27,6 +35,7 @@ class _Request:
     model: Path
     tokenizer: Any
     tokens: Sequence[int]
+    vision: Vision | None
     max_new_tokens: int
     device: str
     dtype: str
@@ -49,7 +58,7 @@ def infer(config: InferConfig, on_text: OnText) -> str:
     model = resolve_model(config.model, "model")
     device = resolve_device(config.device)
     tokenizer = load_tokenizer(model)
-    tokens = _prompt_tokens(config, tokenizer)
+    tokens, vision = _prompt(config, model, tokenizer)
     hf_config = _read_config(model)
     room = _room(hf_config, len(tokens))
     check_files(model)
@@ -59,6 +68,7 @@ def infer(config: InferConfig, on_text: OnText) -> str:
         model=model,
         tokenizer=tokenizer,
         tokens=tokens,
+        vision=vision,
         max_new_tokens=config.max_new_tokens if room is None else min(config.max_new_tokens, room),
         device=device,
         # Not left to the backends: vLLM's own choice for a float32 model is bfloat16.
@@ -67,6 +77,23 @@ def infer(config: InferConfig, on_text: OnText) -> str:
     )
     answer = _with_vllm if config.backend == "vllm" else _with_transformers
     return answer(request, on_text)
+
+
+def _prompt(config: InferConfig, model: Path, tokenizer: Any) -> tuple[list[int], Vision | None]:
+    """Tokens of the prompt, and what they show. Raises ConfigError."""
+    if not config.image:
+        return _prompt_tokens(config, tokenizer), None
+    hf_config = read_hf_config(model)
+    vision = spec_of(model)[1].vision
+    if vision is None:
+        raise ConfigError(f"image: {model} is a model that sees none")
+    check_sight(model, hf_config)
+    content: list[dict[str, str]] = [{"type": "image", "image": path} for path in config.image]
+    content.append({"type": "text", "text": config.prompt})
+    row = Row(id="1", place="image", columns={"messages": [{"role": "user", "content": content}]})
+    data = DataConfig(dataset=("image",), system_prompt=config.system_prompt)
+    (prompt,) = make_prompts([row], tokenizer, data, PictureReader(model, vision, VisionConfig()))
+    return prompt.tokens.tolist(), prompt.vision
 
 
 def _prompt_tokens(config: InferConfig, tokenizer: Any) -> list[int]:
@@ -116,9 +143,12 @@ def _with_vllm(request: _Request, on_text: OnText) -> str:
     async def collect() -> str:
         pieces: list[str] = []
         tokens: list[int] = []
+        # Only here: vLLM may not be imported before its environment was set.
+        eyes = None if request.vision is None else Eyes(request.model, VisionConfig())
+        shown = None if eyes is None else await eyes.see(request.vision, "the prompt")
         async for piece, new_tokens in stream_completion(
             arguments,
-            request.tokens,
+            lambda: engine_input(request.tokens, shown),
             max_tokens=request.max_new_tokens,
             temperature=config.temperature,
             seed=config.seed,

@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from configs.data import Names
 from configs.schema import ClusterConfig, LayoutConfig
 from configs.section import Section
 from configs.sizes import ShardSize
@@ -91,6 +92,8 @@ class InferConfig(Section):
     """Directory with a Hugging Face checkpoint, or a hub name on a machine that reaches the hub."""
     prompt: str
     """What the model is asked."""
+    image: Names = ()
+    """Pictures that are put before it, of a model that sees; with vllm alone."""
     system_prompt: str | None = None
     """Put before it as a system message; needs a chat template."""
     backend: Literal["vllm", "transformers"] = "vllm"
@@ -114,6 +117,8 @@ class InferConfig(Section):
     def _rules_between_options(self) -> Self:
         if not self.prompt.strip():
             raise ValueError("prompt: is empty")
+        if self.image and (self.backend != "vllm" or self.chat is False):
+            raise ValueError("image: needs --backend vllm and the model's chat template")
         if self.system_prompt is not None and self.chat is False:
             raise ValueError(
                 "system_prompt: has no place without the chat template; remove it or --chat false"
