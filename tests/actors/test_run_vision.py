@@ -1,18 +1,21 @@
 """A model that sees, by its commands: sft on pictures and export, against transformers' model and processor."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from actors.cli import main
 from actors.tiny_vision import IMAGE, START, STOP, VIDEO
-from tests.actors.run_helpers import ROOT, Finished, rows, run
+from tests.actors.run_helpers import ROOT, Finished, assert_same_weights, rows, run
 
 pytestmark = pytest.mark.e2e
 
@@ -29,19 +32,27 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def trained(workspace: Path) -> Finished:
+def sft(workspace: Path, name: str, *words: str) -> Finished:
+    """A run of two steps, with a state after each, in the folder `name`."""
     return run(
         *("sft", "--config", str(ROOT / "configs" / "sft-tiny-vl.yaml"), "--model", str(workspace / "base")),
         *("--dataset", str(workspace / "data" / "sft.jsonl"), "--eval_dataset", str(workspace / "few.jsonl")),
-        *("--output_dir", str(workspace / "sft"), "--max_steps", "2", "--lr_warmup_iters", "0"),
+        *("--output_dir", str(workspace / name), "--max_steps", "2", "--lr_warmup_iters", "0"),
         *("--eval_steps", "0", "--vit_lr", "1e-4", "--num_cpus", "4", "--max_length", "64"),
+        *("--resume_steps", "1", *words),
     )
 
 
-def held_out_loss(model_dir: Path, path: Path) -> tuple[float, int]:
-    """Mean over the tokens of the answers, and how many there are."""
-    model = Qwen3VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32).eval()
+@pytest.fixture(scope="module")
+def trained(workspace: Path) -> Finished:
+    return sft(workspace, "sft")
+
+
+def held_out_loss(model_dir: Path, path: Path, adapter: Path | None = None) -> tuple[float, int]:
+    """Mean over the tokens of the answers, and how many there are; with PEFT's adapter on the model."""
+    model: Any = Qwen3VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32).eval()
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     processor = Qwen2VLImageProcessorPil.from_pretrained(model_dir)
     config = AutoConfig.from_pretrained(model_dir)
@@ -92,6 +103,36 @@ def test_held_out_losses_are_transformers_before_and_after(trained: Finished, wo
     assert found[0]["eval/loss"] == pytest.approx(before, rel=1e-5)
     assert found[2]["eval/loss"] == pytest.approx(after, rel=1e-5)
     assert after < before
+
+
+def test_adapters_of_all_parts_are_pefts(workspace: Path) -> None:
+    finished = sft(workspace, "lora", "--tuner_type", "lora", "--data_parallel_size", "1")
+    assert finished.code == 0, finished.err
+    found = {row["step"]: row for row in rows(workspace / "lora" / "metrics.jsonl") if "eval/loss" in row}
+    adapter = workspace / "lora" / "checkpoint"
+    after, _ = held_out_loss(workspace / "base", workspace / "few.jsonl", adapter)
+    assert found[2]["eval/loss"] == pytest.approx(after, rel=1e-5)
+    assert after < found[0]["eval/loss"]
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    modules = {
+        name.rpartition(".lora_")[0]
+        for name, tensor in tensors.items()
+        if ".lora_B." in name and tensor.any()
+    }
+    for part in ("visual.blocks.0.attn.proj", "visual.merger.linear_fc1", "layers.1.mlp.down_proj"):
+        assert any(module.endswith(part) for module in modules)
+
+
+def test_it_goes_on_after_a_kill_bitwise(trained: Finished, workspace: Path) -> None:
+    """What a SIGKILL after the first of two steps leaves."""
+    assert trained.code == 0, trained.err
+    whole, cut = workspace / "sft", workspace / "cut"
+    later = shutil.ignore_patterns("step-2", "checkpoint", "result.json")
+    shutil.copytree(whole, cut, symlinks=True, ignore=later)
+    finished = sft(workspace, "cut")
+    assert finished.code == 0, finished.err
+    assert "goes on after step 1" in finished.out
+    assert_same_weights(*(each / "checkpoint" / "model.safetensors" for each in (whole, cut)))
 
 
 def test_the_checkpoint_passes_the_precision_test_on_its_way_to_megatron(
