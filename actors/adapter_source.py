@@ -15,7 +15,7 @@ from actors.checkpoint_files import (
     read_source_index,
     write_source_index,
 )
-from bridge.adapter_bridge import AdapterBridge, check_adapter, leaf_names
+from bridge.adapter_bridge import AdapterBridge, check_adapter, leaf_names, target_names
 from bridge.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -28,9 +28,10 @@ from bridge.model_bridge import ModelBridge
 from bridge.plan import Plan, TensorInfo
 from bridge.safetensors_file import DTYPE_NAMES, DTYPES
 from bridge.side_files import LATEST
-from bridge.vision import of_tower
+from bridge.vision import modules_of
 from configs.errors import ConfigError
 from configs.tuner import TunerConfig
+from configs.vision import VisionConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,10 +81,11 @@ class AdapterSource:
         )
 
 
-def find_adapter(tuner: TunerConfig, base: ModelBridge) -> AdapterSource | None:
+def find_adapter(tuner: TunerConfig, base: ModelBridge, vision: VisionConfig) -> AdapterSource | None:
     """The adapter that a run trains, checked against its model; None when all of the model is trained.
 
-    Raises ConfigError naming the option, or the file and what does not fit.
+    A new one is of those parts of a model that sees which `vision` does not freeze. Raises ConfigError naming the
+    option, or the file and what does not fit.
     """
     if tuner.tuner_type == "full":
         return None
@@ -100,14 +102,22 @@ def find_adapter(tuner: TunerConfig, base: ModelBridge) -> AdapterSource | None:
         use_rslora=tuner.use_rslora,
         target_modules=ALL_LINEAR if names == (ALL_LINEAR,) else names,
         modules_to_save=tuner.modules_to_save,
-        # Its names may be those of linears in the tower too (Qwen2.5-VL's gate_proj), and PEFT would take these.
-        exclude_modules=of_tower(base.spec.vision) if base.spec.vision is not None else (),
+        # Names may be those of linears in other parts too (gate_proj of Qwen2.5-VL's tower).
+        exclude_modules=_frozen_modules(base, vision),
     )
     try:
         modules = check_adapter(base, config, None, "")
     except ConfigError as error:
         raise ConfigError(f"tuner.{error}") from error
+    if base.spec.vision is not None:
+        config = replace(config, target_modules=tuple(target_names(base, config, modules)))
     return AdapterSource(config=config, modules=modules)
+
+
+def _frozen_modules(base: ModelBridge, vision: VisionConfig) -> str | tuple[str, ...]:
+    """What of a model that sees has no adapters, as a regular expression."""
+    frozen = vision.frozen_parts
+    return modules_of(base.spec.vision, frozen) if base.spec.vision is not None and frozen else ()
 
 
 def _with_dropout(source: AdapterSource, tuner: TunerConfig) -> AdapterSource:

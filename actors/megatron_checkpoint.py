@@ -164,6 +164,7 @@ def load_state(
     """As load_torch_dist, for any part of a model."""
     folder = find_iteration(directory)
     metadata, content = _read_metadata(folder)
+    rates = _rates(optimizer)
     state = _state(part, content, optimizer, is_loading=True)
     _raise_together(mismatches(folder, metadata, state, ignored, with_optimizer=optimizer is not None))
     clear_new_padding(state, metadata)
@@ -176,7 +177,7 @@ def load_state(
     )
     _together(
         f"{folder}: the checkpoint could not be loaded",
-        lambda: _apply(part, loaded, content, optimizer, scheduler),
+        lambda: _apply(part, loaded, content, optimizer, scheduler, rates),
     )
     return int(loaded.get("iteration", 0))
 
@@ -273,16 +274,32 @@ def _apply(
     content: Mapping[str, Any],
     optimizer: Any,
     scheduler: Any,
+    rates: Sequence[Mapping[str, Any]],
 ) -> None:
     part.fill(loaded)
     if optimizer is not None:
         state = loaded["optimizer"]
         fully = _is_fully_reshardable(content)
         optimizer.load_state_dict(_regrouped(optimizer, state) if fully else state)
+        for group, own in zip(optimizer.param_groups, rates, strict=True):
+            group.update(own)
     if scheduler is not None:
         # Megatron adds the loaded number of steps to the present one.
         scheduler.num_steps = 0
         scheduler.load_state_dict(loaded["opt_param_scheduler"])
+
+
+def _rates(optimizer: Any) -> list[dict[str, Any]]:
+    """What parameter groups have of a learning rate of their own, to be kept while state is loaded.
+
+    Megatron 0.16.1 takes groups that differ in nothing else for the same one, already as it prepares to load:
+    parts of a model with rates of their own would go on with each other's. Needed until
+    param_group_identifier_keys of its optimizers tell them apart.
+    """
+    keys = ("max_lr", "min_lr", "default_config")
+    return (
+        [] if optimizer is None else [{key: group[key] for key in keys} for group in optimizer.param_groups]
+    )
 
 
 def _regrouped(optimizer: Any, loaded: dict[Any, Any]) -> dict[Any, Any]:

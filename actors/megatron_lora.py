@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.post_training.modelopt.layers import Linear as WholeLinear
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -312,6 +313,9 @@ def _place_of(module: torch.nn.Module) -> tuple[Kind, bool, Any, bool]:
             return kind, module.is_expert, module.tp_group, sequence_parallel
         case VocabParallelEmbedding():
             return "embedding", False, module.tp_group, module.reduce_scatter_embeddings
+        case torch.nn.Linear() if not isinstance(module, WholeLinear):
+            # Of a vision tower, which every rank runs on all pictures.
+            return "whole", False, parallel_state.get_tensor_model_parallel_group(), False
         case _:
             # Whole on every rank: a router, or a down-projection of latent attention.
             config: Any = module.config

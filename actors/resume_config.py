@@ -33,6 +33,24 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         (f"trainer.{name}", "it is in the state of the optimizer")
         for name in ("adam_beta1", "adam_beta2", "adam_eps", "use_distributed_optimizer", "freeze")
     ),
+    *(
+        (f"vision.{name}", "it is in the state of the optimizer")
+        for name in ("freeze_llm", "freeze_vit", "freeze_aligner", "vit_lr", "aligner_lr")
+    ),
+    *(
+        (f"vision.{name}", "the position in the data is of samples with pictures of that size")
+        for name in (
+            "image_max_token_num",
+            "image_min_token_num",
+            "max_pixels",
+            "min_pixels",
+            "fps",
+            "fps_min_frames",
+            "fps_max_frames",
+            "video_max_token_num",
+            "video_min_token_num",
+        )
+    ),
     ("grpo.num_iterations", "the learning-rate schedule counts its steps"),
     ("grpo.steps_per_generation", "the learning-rate schedule counts its steps"),
     ("grpo.max_lag", "a state does not hold what is being sampled ahead"),

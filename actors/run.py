@@ -101,7 +101,7 @@ def prepare(config: RunConfig) -> Prepared:
     source = find_model(config.model.model, config.model.mcore_model, "model.model")
     policy = check_model(source, config, has_engines=has_engines)
     spec, contents = policy.spec, policy.contents
-    adapter = find_adapter(config.tuner, ModelBridge(source.directory, contents.tensors))
+    adapter = find_adapter(config.tuner, ModelBridge(source.directory, contents.tensors), config.vision)
     sources = Sources(model=source, adapter=adapter, frozen=_frozen(config, policy, adapter))
     if has_engines and adapter is not None and config.rollout.vllm_enable_lora:
         check_adapter_modules(read_hf_config(source.directory), sorted(adapter.modules), device)

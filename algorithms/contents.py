@@ -109,9 +109,8 @@ def _clip(row: Row, video: Any, fps: Any) -> Clip:
         return Clip(sources=frames, is_file=False, fps=fps)
     if isinstance(video, str) and video.startswith("http"):
         raise ConfigError(f"{row.place}: {video[:80]}: videos are not fetched; save it, and give its path")
-    raise ConfigError(
-        f"{row.place}: a video is the path of its file or a list of frames, not {str(video)[:80]!r}"
-    )
+    shown = str(cast(object, video))[:80]
+    raise ConfigError(f"{row.place}: a video is the path of its file or a list of frames, not {shown!r}")
 
 
 def _source(row: Row, image: Any) -> str | bytes:

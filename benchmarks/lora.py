@@ -45,7 +45,7 @@ def measure(model: str, kind: str, rank: int, tokens: int, steps: int) -> dict[s
     from bridge.model_bridge import ModelBridge
 
     bridge = ModelBridge(model)
-    adapter = find_adapter(run.tuner, bridge)
+    adapter = find_adapter(run.tuner, bridge, run.vision)
     adapters = None if adapter is None else adapter.bridge(bridge)
     before = 0
 

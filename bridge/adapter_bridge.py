@@ -258,6 +258,28 @@ def leaf_names(modules: Iterable[str]) -> list[str]:
     return sorted({module.rpartition(".")[2] for module in modules})
 
 
+def target_names(base: ModelBridge, config: AdapterConfig, modules: Collection[str]) -> list[str]:
+    """Ends of paths that name exactly these modules for PEFT, in order, where `config` excludes what it does.
+
+    Last names are enough for those of a language model. In a vision tower other modules may have them, which PEFT
+    would adapt too, or not know what to do with: numbers in a list, a convolution.
+    """
+    family, layers = base.family, base.spec.num_layers
+    paths: set[str] = set()
+    for name in parameters_of(base.spec, mtp=False):
+        path = family.matches(name, layers)[0].hf_names[0]
+        while path := path.rpartition(".")[0]:
+            paths.add(path)
+    others = {end for path in paths - set(modules) if not config.is_excluded(path) for end in _ends(path)}
+    return sorted({next((end for end in _ends(module) if end not in others), module) for module in modules})
+
+
+def _ends(path: str) -> Iterator[str]:
+    """The shortest first."""
+    names = path.split(".")
+    return (".".join(names[start:]) for start in reversed(range(len(names))))
+
+
 def check_adapter(
     base: ModelBridge, config: AdapterConfig, tensors: Mapping[str, TensorInfo] | None, where: str
 ) -> frozenset[str]:

@@ -64,8 +64,9 @@ def frozen_parts(spec: MegatronSpec, vision: VisionConfig) -> frozenset[str]:
         if vision.freeze_llm:
             raise ConfigError("vision.freeze_llm: the model is nothing but a language model")
         return frozenset()
-    kept = {"llm": vision.freeze_llm, "vit": vision.freeze_vit, "aligner": vision.freeze_aligner}
-    found = {name for name in parameters_of(spec, mtp=False) if kept[part_of(spec.vision, name)]}
+    found = {
+        name for name in parameters_of(spec, mtp=False) if part_of(spec.vision, name) in vision.frozen_parts
+    }
     if spec.tie_word_embeddings and EMBEDDING in found:
         found.add(OUTPUT_LAYER)
     return frozenset(found)

@@ -23,7 +23,8 @@ class InternVLTower(InternVLModel):
     def forward(self, tiles_NC: torch.Tensor, grid_thw: torch.Tensor | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`pooler_output` are the features [V, H] of the tiles, each a row of `tiles_NC`."""
         vision: Any = self.config.vision_config
-        found: Any = self.get_image_features(
+        look: Any = self.get_image_features
+        found = look(
             tiles_NC.view(-1, vision.num_channels, *vision.image_size),
             vision_feature_layer=-1,
             vision_feature_select_strategy="default",

@@ -15,7 +15,7 @@ from bridge.layouts import Cut, Shape, Vocabulary, region_of
 from bridge.megatron import ADAPTER, EMBEDDING, OUTPUT_LAYER, Claims, Place, layout_for
 from bridge.plan import Piece
 from bridge.rules import Family, MegatronSpec
-from bridge.vision import TOWER
+from bridge.vision import TOWER, tower_linears
 from configs.errors import ConfigError
 
 PREFIX = "base_model.model."
@@ -93,13 +93,16 @@ def targets_of(
     """What of this rank's base `parameters` (global names) is adapted, in their order; nothing is created.
 
     That are `modules`, where it is known which, else what the config targets. `all-linear` are the linears of
-    attention, MLPs and experts: not the router, embedding or head. Raises ConfigError when a weight is to be
-    adapted whose adapter PEFT could not have.
+    attention, MLPs and experts, and those of the vision tower: not the router, embedding or head. Raises
+    ConfigError when a weight is to be adapted whose adapter PEFT could not have.
     """
     found: list[Target] = []
+    tower = tower_linears(spec.vision) if spec.vision is not None else frozenset[str]()
     for name, parameter in parameters.items():
         # What PEFT adapts has no layers for multi-token prediction.
-        if not name.endswith(".weight") or parameter.dim() != 2 or name.startswith(("mtp.", TOWER)):
+        if not name.endswith(".weight") or parameter.dim() != 2 or name.startswith("mtp."):
+            continue
+        if name.startswith(TOWER) and name not in tower:
             continue
         # Alternatives name or pack the same weights otherwise; the first has a tensor for every linear.
         match = family.matches(name, spec.num_layers)[0]

@@ -2,12 +2,16 @@
 
 import copy
 import pkgutil
+import re
+from collections.abc import Collection
 from contextlib import nullcontext
 from typing import Literal
 
 import torch
 
 from bridge.rules import VisionSpec
+
+Part = Literal["llm", "vit", "aligner"]
 
 TOWER = "visual."
 """What comes before names of the tower's parameters in Megatron's model."""
@@ -25,13 +29,29 @@ def build_tower(vision: VisionSpec, device: str | None = None) -> torch.nn.Modul
         return kind._from_config(kind.config_class(**fields))
 
 
-def part_of(vision: VisionSpec, parameter: str) -> Literal["llm", "vit", "aligner"]:
+def part_of(vision: VisionSpec, parameter: str) -> Part:
     """Which part of the model a parameter (global name) belongs to."""
     if not parameter.startswith(TOWER):
         return "llm"
     return "aligner" if parameter.removeprefix(TOWER).startswith(vision.aligner) else "vit"
 
 
-def of_tower(vision: VisionSpec) -> str:
-    """The tower's Hugging Face modules, as a regular expression."""
-    return rf"(.*\.)?({'|'.join(vision.hf_modules)})\..*"
+def modules_of(vision: VisionSpec, parts: Collection[Part]) -> str:
+    """Paths of the Hugging Face modules in these parts of the model, as one regular expression."""
+    tower = rf"(.*\.)?({'|'.join(vision.hf_modules)})\..*"
+    aligner = rf"(.*\.)?({'|'.join(map(re.escape, vision.aligner))}).*"
+    patterns: dict[Part, str] = {
+        "llm": f"(?!{tower}).*",
+        "vit": f"(?!{aligner}){tower}",
+        "aligner": f"(?={aligner}){tower}",
+    }
+    return "|".join(patterns[part] for part in sorted(parts))
+
+
+def tower_linears(vision: VisionSpec) -> frozenset[str]:
+    """The tower's weights (global names) that belong to linear layers."""
+    return frozenset(
+        f"{TOWER}{name}.weight"
+        for name, module in build_tower(vision, "meta").named_modules()
+        if isinstance(module, torch.nn.Linear)
+    )

@@ -298,7 +298,7 @@ class RunConfig(Section):
         check_environment(self)
         check_data(self.data)
         check_tuner(self.tuner)
-        check_vision(self.vision, lora=self.tuner.tuner_type == "lora")
+        check_vision(self.vision)
         self._check_lora_engines()
         check_bridge(self.bridge, self.cluster.collective_timeout_s)
         if trainer.sequence_parallel and trainer.tensor_model_parallel_size == 1:

@@ -1,6 +1,7 @@
 """Options of models that see."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -11,7 +12,7 @@ class VisionConfig(Section):
     """Of a model that sees: which parts are trained, how large its pictures are. No use for others."""
 
     freeze_llm: bool = False
-    """Do not train the language model."""
+    """Do not train the language model. With LoRA here and below: no adapters on it."""
     freeze_vit: bool = True
     """Do not train the vision tower."""
     freeze_aligner: bool = True
@@ -41,8 +42,14 @@ class VisionConfig(Section):
     root_image_dir: Path | None = None
     """Where relative paths of images and videos begin; by default the current directory."""
 
+    @property
+    def frozen_parts(self) -> tuple[Literal["llm", "vit", "aligner"], ...]:
+        """Those that are not trained."""
+        frozen = {"llm": self.freeze_llm, "vit": self.freeze_vit, "aligner": self.freeze_aligner}
+        return tuple(part for part in ("llm", "vit", "aligner") if frozen[part])
 
-def check_vision(vision: VisionConfig, *, lora: bool) -> None:
+
+def check_vision(vision: VisionConfig) -> None:
     """Raises ValueError naming the option that contradicts another."""
     for pixels, tokens in (("max_pixels", "image_max_token_num"), ("min_pixels", "image_min_token_num")):
         if getattr(vision, pixels) is not None and getattr(vision, tokens) is not None:
@@ -57,10 +64,6 @@ def check_vision(vision: VisionConfig, *, lora: bool) -> None:
             )
     for part in ("vit", "aligner"):
         frozen = f"freeze_{part}"
-        if not getattr(vision, frozen) and lora:
-            raise ValueError(
-                f"vision.{frozen}: tuner.tuner_type lora trains adapters of the language model alone"
-            )
         if getattr(vision, f"{part}_lr") is not None and getattr(vision, frozen):
             raise ValueError(f"vision.{part}_lr: is not used while vision.{frozen} is true")
     if vision.freeze_llm and vision.freeze_vit and vision.freeze_aligner:

@@ -16,16 +16,18 @@ STEPS: dict[str, tuple[str, ...]] = {
         "latent",
         "qwen3_moe",
         "deepseek_v3",
+        "qwen2_5_vl",
+        "internvl",
     ),
     "one-recompute": ("llama", "llama-saved"),
     "tp2": ("llama", "one-group"),
-    "tp2-sp": ("llama", "llama-up", "llama-saved", "latent", "qwen3_moe", "deepseek_v3"),
+    "tp2-sp": ("llama", "llama-up", "llama-saved", "latent", "qwen3_moe", "deepseek_v3", "qwen2_5_vl"),
     "tp2-sp-etp1": ("qwen3_moe",),
     "tp2-sp-ep2": ("qwen3_moe", "deepseek_v3"),
     "ep2": ("qwen3_moe", "deepseek_v3"),
     "etp2": ("qwen3_moe",),
     "cp2": ("llama", "qwen3_moe", "deepseek_v3"),
-    "pp2": ("llama", "qwen2-last", "deepseek_v3"),
+    "pp2": ("llama", "qwen2-last", "deepseek_v3", "internvl"),
     "pp2-vpp2": ("llama", "qwen2-last"),
 }
 """Names of megatron_lora_reference.CASES."""
@@ -38,6 +40,7 @@ TRIPS = (
     ("pp2", "tp2", "qwen2-last"),
     ("tp2", "pp2", "qwen2-last"),
     ("tp2-sp", "pp2", "llama-saved"),
+    ("tp2-sp", "pp2", "qwen2_5_vl"),
 )
 """A checkpoint's layout, that of a run that goes on from it, and what is trained."""
 

@@ -9,10 +9,11 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
+import megatron_vision
 import peft
 import torch
 import transformers as hf
-from megatron_families import CONFIGS, build
+from megatron_families import CONFIGS, SIGHTED, build
 from megatron_worker_reference import (
     BETAS,
     EPS,
@@ -59,6 +60,9 @@ CASES = {
     "latent": _case("deepseek_v3", *LATENT, alpha_pattern={"o_proj": 9}),
     "qwen3_moe": _case("qwen3_moe", "q_proj", "gate", *MLP, with_peft=False, rank_pattern=RANKS),
     "deepseek_v3": _case("deepseek_v3", *LATENT, "gate", *MLP, with_peft=False),
+    # Tower, aligner and language model; "0" and "2" are their last names in a list.
+    "qwen2_5_vl": _case("qwen2_5_vl", *ATTENTION, *MLP, "qkv", "attn.proj", "mlp.0", "mlp.2"),
+    "internvl": _case("internvl", "q_proj", "fc1", "projection_layer", "linear_1"),
 }
 
 
@@ -192,7 +196,12 @@ def reference(name: str) -> SimpleNamespace:
     else:
         forward = ByHand(model, case.config)
         factors = forward.factors
-    rows = make_sequences(model.config.vocab_size)
+    sighted = case.family in SIGHTED
+    rows = (
+        megatron_vision.make_sequences(CONFIGS[case.family])
+        if sighted
+        else make_sequences(model.config.vocab_size)
+    )
     optimizer = torch.optim.AdamW(
         list(factors.values()), lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY
     )

@@ -18,6 +18,7 @@ from megatron_lora_reference import CASES, CLIP_GRAD, reference, weights
 # Installs what Megatron needs on CPU, and so comes before everything that imports megatron.
 from megatron_families_worker import loader, shard  # isort: skip
 from megatron_families import CONFIGS
+from megatron_vision import look
 from megatron_worker import join, run_under, split_rows, worst
 from megatron_worker_reference import TEMPERATURE, num_loss_tokens, token_loss
 
@@ -90,7 +91,7 @@ def rows_of(part: Part, whole: torch.Tensor) -> torch.Tensor:
 def make(layout: str, name: str, adapt: Any, distributed: bool, **trainer: Any) -> MegatronModel:
     run = run_under(SIZES[layout], distributed, clip_grad=CLIP_GRAD, **trainer)
     load = loader(weights(CASES[name].family))
-    return MegatronModel(run, spec_of(name)[1], device="cpu", load=load, adapt=adapt)
+    return MegatronModel(run, spec_of(name)[1], device="cpu", load=load, adapt=adapt, look=look)
 
 
 def batches_of(layout: str, rows: list[Any]) -> Any:

@@ -125,13 +125,17 @@ def test_changes_are_named_with_what_they_mean() -> None:
 
 def test_changes_that_a_state_does_not_survive_are_refused_by_name() -> None:
     before = config_of(config())
+    vision = {"freeze_vit": False, "fps": 1.0}
+    now = config(seed=1, max_steps=3, model={"model": "n"}, trainer={"lr": 1.0}, vision=vision)
     with pytest.raises(ConfigError) as refused:
-        changes(before, config_of(config(seed=1, max_steps=3, model={"model": "n"}, trainer={"lr": 1.0})), 3)
+        changes(before, config_of(now), 3)
     for line in (
         "seed: 42 -> 1: ",
         "max_steps: 100 -> 3: step 3 is done",
         "model.model: m -> n: ",
         "trainer.lr: ",
+        "vision.freeze_vit: True -> False: ",
+        "vision.fps: 2.0 -> 1.0: ",
     ):
         assert line in str(refused.value)
 

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -36,19 +38,20 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def trained(workspace: Path) -> Finished:
+def sft(workspace: Path, name: str, *words: str) -> Finished:
+    """A run of two steps in the folder `name`."""
     return run(
         *("sft", "--config", str(ROOT / "configs" / "sft-tiny-vl.yaml"), "--model", str(workspace / "base")),
-        *(
-            "--dataset",
-            str(workspace / "data" / "train.jsonl"),
-            "--eval_dataset",
-            str(workspace / "mixed.jsonl"),
-        ),
-        *("--output_dir", str(workspace / "sft"), "--max_steps", "2", "--lr_warmup_iters", "0"),
-        *("--eval_steps", "0", "--vit_lr", "1e-4", "--num_cpus", "4", "--max_length", "64"),
+        *("--dataset", str(workspace / "data" / "train.jsonl")),
+        *("--eval_dataset", str(workspace / "mixed.jsonl"), "--eval_steps", "0"),
+        *("--output_dir", str(workspace / name), "--max_steps", "2", "--lr_warmup_iters", "0"),
+        *("--vit_lr", "1e-4", "--num_cpus", "4", "--max_length", "64", *words),
     )
+
+
+@pytest.fixture(scope="module")
+def trained(workspace: Path) -> Finished:
+    return sft(workspace, "sft")
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +59,9 @@ def rewarded(trained: Finished, workspace: Path) -> Finished:
     """Two steps of grpo that train the language model, and a greedy evaluation under the last weights."""
     assert trained.code == 0, trained.err
     return run(
-        *(
-            "grpo",
-            "--config",
-            str(ROOT / "configs" / "grpo-tiny-vl.yaml"),
-            "--output_dir",
-            str(workspace / "grpo"),
-        ),
-        *(
-            "--model",
-            str(workspace / "sft" / "checkpoint"),
-            "--dataset",
-            str(workspace / "data" / "train.jsonl"),
-        ),
+        *("grpo", "--config", str(ROOT / "configs" / "grpo-tiny-vl.yaml")),
+        *("--model", str(workspace / "sft" / "checkpoint"), "--output_dir", str(workspace / "grpo")),
+        *("--dataset", str(workspace / "data" / "train.jsonl")),
         *("--eval_dataset", str(workspace / "few.jsonl"), "--eval_size", "8", "--max_steps", "2"),
         *("--prompts_per_step", "8", "--lr", "1e-2", "--lr_warmup_iters", "0", "--eval_steps", "0"),
         *("--filter_zero_variance", "false", "--freeze_vit", "true", "--freeze_aligner", "true"),
@@ -83,12 +76,8 @@ def taught(rewarded: Finished, workspace: Path) -> Finished:
     return run(
         *("gkd", "--config", str(ROOT / "configs" / "gkd-tiny.yaml"), "--output_dir", str(workspace / "gkd")),
         *("--model", str(workspace / "base"), "--teacher_model", str(workspace / "sft" / "checkpoint")),
-        *(
-            "--dataset",
-            str(workspace / "data" / "train.jsonl"),
-            "--eval_dataset",
-            str(workspace / "few.jsonl"),
-        ),
+        *("--dataset", str(workspace / "data" / "train.jsonl")),
+        *("--eval_dataset", str(workspace / "few.jsonl")),
         *("--max_steps", "1", "--gkd.batch_size", "8", "--eval_steps", "0", "--num_cpus", "4"),
         *("--tensor_model_parallel_size", "1", "--tuner_type", "lora", "--lora_rank", "4"),
     )
@@ -156,9 +145,11 @@ def answer_logprobs(row: Seen, model: Any) -> torch.Tensor:
     return torch.log_softmax(row.logits(model, row.whole)[len(row.prompt) - 1 : -1], -1)
 
 
-def held_out_loss(model_dir: Path, path: Path) -> tuple[float, int]:
-    """Mean over the tokens of the answers, and how many there are."""
+def held_out_loss(model_dir: Path, path: Path, adapter: Path | None = None) -> tuple[float, int]:
+    """Mean over the tokens of the answers, and how many there are; with PEFT's adapter on the model."""
     model, total, count = load(model_dir), 0.0, 0
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, adapter).eval()
     for row in seen(model_dir, path):
         labels = torch.tensor(row.whole[len(row.prompt) :])
         total -= float(answer_logprobs(row, model).gather(1, labels[:, None]).sum())
@@ -176,6 +167,24 @@ def test_held_out_losses_are_transformers_before_and_after(trained: Finished, wo
     assert found[0]["eval/loss"] == pytest.approx(before, rel=1e-5)
     assert found[2]["eval/loss"] == pytest.approx(after, rel=1e-5)
     assert after < before
+
+
+def test_adapters_of_all_parts_are_pefts(workspace: Path) -> None:
+    finished = sft(workspace, "lora", "--tuner_type", "lora", "--data_parallel_size", "1")
+    assert finished.code == 0, finished.err
+    found = {row["step"]: row for row in rows(workspace / "lora" / "metrics.jsonl") if "eval/loss" in row}
+    adapter = workspace / "lora" / "checkpoint"
+    after, _ = held_out_loss(workspace / "base", workspace / "mixed.jsonl", adapter)
+    assert found[2]["eval/loss"] == pytest.approx(after, rel=1e-5)
+    assert after < found[0]["eval/loss"]
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    modules = {
+        name.rpartition(".lora_")[0]
+        for name, tensor in tensors.items()
+        if ".lora_B." in name and tensor.any()
+    }
+    for part in ("visual.blocks.0.attn.proj", "visual.merger.linear_fc1", "layers.1.mlp.down_proj"):
+        assert any(module.endswith(part) for module in modules)
 
 
 def test_the_checkpoint_passes_the_precision_test_on_its_way_to_megatron(

@@ -7,20 +7,13 @@ from typing import Any
 import peft
 import pytest
 from peft.tuners.tuners_utils import check_target_module_exists
-from transformers import AutoModelForImageTextToText
 
-from bridge.adapter_bridge import check_adapter, leaf_names
 from bridge.adapter_config import (
     ADAPTER_CONFIG,
-    ALL_LINEAR,
-    AdapterConfig,
     parse_adapter_config,
     read_adapter_config,
 )
-from bridge.model_bridge import ModelBridge
-from bridge.vision import of_tower
 from configs.errors import ConfigError
-from tests.bridge.family_models import CONFIGS, build, save
 
 MODULES = [
     *(f"model.layers.{layer}.self_attn.{leaf}_proj" for layer in (0, 1, 11) for leaf in "qkvo"),
@@ -124,24 +117,3 @@ def test_what_cannot_be_done_is_named(tmp_path: Path, content: str, words: str) 
 def test_a_directory_without_an_adapter_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is this a PEFT adapter"):
         read_adapter_config(tmp_path)
-
-
-def test_adapters_of_a_model_that_sees_are_the_language_models(tmp_path: Path) -> None:
-    """Qwen2.5-VL's tower has linears of the same names, which PEFT would adapt as well."""
-    config = CONFIGS["qwen2_5_vl"]
-    save(build(config), config, tmp_path)
-    base = ModelBridge(tmp_path)
-    assert base.spec.vision is not None
-    excluded = of_tower(base.spec.vision)
-    adapter = AdapterConfig(r=2, lora_alpha=4, target_modules=ALL_LINEAR, exclude_modules=excluded)
-    modules = check_adapter(base, adapter, None, "")
-    settings = adapter.to_json(str(tmp_path), leaf_names(modules))
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    theirs: Any = peft.get_peft_model(model, peft.LoraConfig.from_peft_type(**settings))
-    found = {name for name, module in theirs.base_model.model.named_modules() if hasattr(module, "lora_A")}
-    assert found == modules
-    assert len(found) == 2 * 7
-    settings["exclude_modules"] = None
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    more: Any = peft.get_peft_model(model, peft.LoraConfig.from_peft_type(**settings))
-    assert any("visual" in name for name, module in more.named_modules() if hasattr(module, "lora_A"))

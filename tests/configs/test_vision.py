@@ -29,7 +29,10 @@ def config(tuner: str = "full", **vision: Any) -> RunConfig:
         ),
         ({"vit_lr": 1.0}, "vision.vit_lr: is not used while vision.freeze_vit is true"),
         ({"freeze_llm": True}, "vision.freeze_llm: .* nothing is trained"),
-        ({"freeze_vit": False, "tuner": "lora"}, "vision.freeze_vit: tuner.tuner_type lora trains adapters"),
+        (
+            {"fps_min_frames": 9, "fps_max_frames": 8},
+            "vision.fps_min_frames: 9 is above vision.fps_max_frames, 8",
+        ),
     ],
 )
 def test_what_contradicts_is_named(vision: dict[str, Any], words: str) -> None:
