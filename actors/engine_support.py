@@ -1,11 +1,14 @@
 """Which models vLLM computes as transformers does, and which of them can take new weights while they run."""
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from actors.model_source import Contents, ModelSource
+from bridge.rules import VisionSpec
 from bridge.transport.registry import IGNORED_ADAPTERS, SEEING
+from bridge.vision import modules_of
 from configs.errors import ConfigError
 
 _DEEPSEEK_V3 = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
@@ -86,14 +89,23 @@ def check_not_quantized(source: ModelSource, hf_config: Mapping[str, Any], conte
 
 
 def check_adapter_modules(
-    hf_config: Mapping[str, Any], modules: Collection[str], device: str = "cpu"
+    hf_config: Mapping[str, Any],
+    modules: Collection[str],
+    device: str = "cpu",
+    *,
+    vision: VisionSpec | None = None,
 ) -> None:
     """Raises ConfigError naming one of the adapted `modules` (paths in HF) that vLLM would not adapt, or wrongly.
 
+    `vision` is that of a model that sees.
+
     Engines can have the trainer's merged weights instead, so the message says how.
     """
+    of_pictures = re.compile(modules_of(vision, ("vit", "aligner"))) if vision is not None else None
     for module in modules:
         leaf = module.rpartition(".")[2]
+        if of_pictures is not None and of_pictures.fullmatch(module):
+            _refuse_module(module, "vLLM 0.32 adapts only the language model of one that sees")
         if ".experts." in module and device == "cpu":
             _refuse_module(module, "vLLM 0.32 cannot adapt experts on CPU")
         if leaf in IGNORED_ADAPTERS:

@@ -104,7 +104,8 @@ def prepare(config: RunConfig) -> Prepared:
     adapter = find_adapter(config.tuner, ModelBridge(source.directory, contents.tensors), config.vision)
     sources = Sources(model=source, adapter=adapter, frozen=_frozen(config, policy, adapter))
     if has_engines and adapter is not None and config.rollout.vllm_enable_lora:
-        check_adapter_modules(read_hf_config(source.directory), sorted(adapter.modules), device)
+        described = read_hf_config(source.directory)
+        check_adapter_modules(described, sorted(adapter.modules), device, vision=spec.vision)
     if is_grpo:
         sources = _with_reference(config, sources, policy)
     size = model_size(source, contents.tensors)

@@ -1,5 +1,6 @@
 """Which modules of a model that sees LoRA adapts, against what PEFT adapts by the config that is written."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,14 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from actors.adapter_source import find_adapter
+from actors.engine_support import check_adapter_modules
 from bridge.model_bridge import ModelBridge
+from configs.errors import ConfigError
 from configs.tuner import TunerConfig
 from configs.vision import VisionConfig
 from tests.bridge.family_models import SIGHTED, build, save
+
+NOT_ADAPTED = "is adapted, and vLLM 0.32 adapts only the language model of one that sees"
 
 
 # PEFT adapts no packed expert.
@@ -35,6 +40,9 @@ def test_peft_adapts_the_same_parts_of_a_model_that_sees(family: str, tmp_path: 
         assert source is not None
         assert adapted_by_peft(tmp_path, source.peft_config(tmp_path)) == source.modules
         assert source.modules
+        refused = contextlib.nullcontext() if part == "llm" else pytest.raises(ConfigError, match=NOT_ADAPTED)
+        with refused:
+            check_adapter_modules(config.to_dict(), source.modules, vision=base.spec.vision)
         everything |= source.modules
     vision = VisionConfig(freeze_vit=False, freeze_aligner=False)
     source = find_adapter(TunerConfig(tuner_type="lora", lora_dropout=0.0), base, vision)
