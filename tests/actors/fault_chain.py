@@ -173,7 +173,8 @@ class Chain:
         expected = _facts(self.lines("reference"))
         for place, following in zip(places, [*places[1:], len(lines)], strict=True):
             cell = Cell(**dict(zip(("kind", "phase", "how"), lines[place]["fault"], strict=True)))
-            yield cell, *_judge(cell, lines[place], lines[place + 1 : following], expected)
+            mine, later = lines[place + 1 : following], lines[place + 1 :]
+            yield cell, *_judge(cell, lines[place], mine, later, expected)
 
 
 def _facts(lines: Sequence[Line]) -> dict[str, Any]:
@@ -187,22 +188,35 @@ def _facts(lines: Sequence[Line]) -> dict[str, Any]:
     return found
 
 
-def _judge(cell: Cell, fault: Line, lines: Sequence[Line], expected: Mapping[str, Any]) -> tuple[str, float]:
-    facts = _facts(lines)
+def _judge(
+    cell: Cell, fault: Line, mine: Sequence[Line], later: Sequence[Line], expected: Mapping[str, Any]
+) -> tuple[str, float]:
+    """What came of a fault, from the lines up to the next one, and from all that follow.
+
+    A fault at the start is over when the run goes on; another, when its step is done. The next fault may
+    come before that: one at the start of an engine strikes while the ranks of the last one are replaced.
+    """
+    done = next((number for number, line in enumerate(later) if _over(cell, fault, line)), None)
+    end = next((number for number, line in enumerate(mine) if "exit" in line and not line["told"]), None)
+    facts = _facts(mine if done is None else later[: max(done + 2, len(mine))])
     wrong = [name for name, value in facts.items() if name in expected and expected[name] != value]
     if wrong:
         return f"WRONG: other numbers than without faults: {', '.join(wrong[:3])}", 0.0
-    step = fault["step"] or 0
-    done = next((line for line in lines if line.get("step_done", -1) >= step), None)
-    end = next((line for line in lines if "exit" in line and not line["told"]), None)
-    if end is not None and (done is None or lines.index(end) < lines.index(done)):
-        return _judge_end(cell, end), end["time"] - fault["time"]
+    if end is not None and (done is None or end < done):
+        return _judge_end(cell, mine[end]), mine[end]["time"] - fault["time"]
     compared = {name.partition(" ")[0] for name in facts if name in expected}
-    if done is None or compared != {"weights", "step"}:
+    needed = {"weights"} if cell.phase == "start" else {"weights", "step"}
+    if done is None or not compared >= needed:
         return "not judged: cut off", 0.0
-    missed = any(line.get("inside") is False for line in lines) and cell.phase != "score"
+    missed = any(line.get("inside") is False for line in mine) and cell.phase != "score"
     late = " (just after it)" if missed else ""
-    return f"{_what(lines)}{late}", done["time"] - fault["time"]
+    return f"{_what(later[: max(done, len(mine))])}{late}", later[done]["time"] - fault["time"]
+
+
+def _over(cell: Cell, fault: Line, line: Line) -> bool:
+    if cell.phase == "start" and line.get("event") == "resume":
+        return True
+    return line.get("step_done", -1) >= (fault["step"] or 0)
 
 
 def _judge_end(cell: Cell, end: Line) -> str:
