@@ -77,6 +77,8 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     os.environ.update(engine_environment(sys.argv[1], "cpu", 2))
+    # Nothing has computed in this process yet, so cores may begin where it is: vLLM is imported once.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     main(Path(sys.argv[1]))
     # vLLM's threads of a stopped engine are not waited for.
     os._exit(0)

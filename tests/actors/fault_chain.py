@@ -196,6 +196,8 @@ def _judge(
     A fault at the start is over when the run goes on; another, when its step is done. The next fault may
     come before that: one at the start of an engine strikes while the ranks of the last one are replaced.
     """
+    if cell.how == "raise" and cell.kind != "driver" and not any("raised" in line for line in mine):
+        return "not judged: nothing has raised", 0.0
     done = next((number for number, line in enumerate(later) if _over(cell, fault, line)), None)
     end = next((number for number, line in enumerate(mine) if "exit" in line and not line["told"]), None)
     facts = _facts(mine if done is None else later[: max(done + 2, len(mine))])

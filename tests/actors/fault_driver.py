@@ -68,14 +68,14 @@ class Faults:
 
     def __init__(self, cells: Sequence[Cell], log: Path) -> None:
         self._cells = list(cells)
-        self._log = log
+        self.log = log
         self._lock = threading.Lock()
         self._step: int | None = None
         self._struck: int | None = None
 
     def tell(self, **line: Any) -> None:
         """Append a line to the log."""
-        with self._lock, self._log.open("a") as file:
+        with self._lock, self.log.open("a") as file:
             file.write(json.dumps({"time": time.time(), **line}) + "\n")
 
     def begins(self, step: int) -> None:
@@ -86,19 +86,25 @@ class Faults:
         if not self._cells or self._cells[0].phase != phase:
             return
         cell, step = self._cells[0], self._step
-        if phase != "start":
-            if step is None or step < cell.step:
-                return
-            if self._struck is not None and step < self._struck + _GAP:
-                return
+        # Ranks that are started again in a step are no start of the run.
+        if (phase == "start") != (step is None):
+            return
+        if step is not None and (step < cell.step or step < (self._struck or step - _GAP) + _GAP):
+            return
         self._cells.pop(0)
         self._struck = step
         self.tell(fault=[cell.kind, cell.phase, cell.how], step=step)
         self._strike(cell, is_over)
 
+    def arms(self) -> None:
+        """Before the command: who is to raise at the start may start before what begins that phase."""
+        first = self._cells[0] if self._cells else None
+        if first and first.kind != "driver" and (first.phase, first.how) == ("start", "raise"):
+            self.phase("start")
+
     def flag(self, kind: str, method: str) -> Path:
         """While it exists, this method of this kind of actor raises."""
-        return self._log.with_name(f"raise-{kind}-{method}")
+        return self.log.with_name(f"raise-{kind}-{method}")
 
     def _strike(self, cell: Cell, is_over: Callable[[], bool]) -> None:
         if cell.how == "raise":
@@ -147,7 +153,7 @@ def arm(faults: Faults) -> None:
     for kind, (module, name) in CLASSES.items():
         target = __import__(module, fromlist=["x"])
         flags = {method: faults.flag(kind, method) for method in METHODS[kind].values()}
-        setattr(target, name, _raising(getattr(target, name), flags))
+        setattr(target, name, _raising(getattr(target, name), flags, faults.log))
     from actors import restart, reward_worker, trainer
     from actors.bridge import WeightBridge
     from actors.metrics import RunRecorder
@@ -215,18 +221,22 @@ def _phase(faults: Faults, name: str, call: Callable[..., Any]) -> Callable[...,
     return phase
 
 
-def _raising(base: type, flags: dict[str, Path]) -> type:
+def _raising(base: type, flags: dict[str, Path], log: Path) -> type:
     """The class with methods that raise while their flag is there, which the first call takes away."""
 
     def checked(call: Callable[..., Any], flag: str) -> Callable[..., Any]:
         def check() -> None:
             # Sent to actors by value, so it brings what it needs.
+            import json
+            import time
             from pathlib import Path
 
             try:
                 Path(flag).unlink()
             except FileNotFoundError:
                 return
+            with Path(str(log)).open("a") as file:
+                file.write(json.dumps({"time": time.time(), "raised": Path(flag).name}) + "\n")
             raise RuntimeError("an injected fault")
 
         if inspect.iscoroutinefunction(call):
@@ -256,6 +266,7 @@ def main(plan: Path, words: Sequence[str]) -> int:
     content = json.loads(plan.read_text())
     faults = Faults([Cell(**cell) for cell in content["cells"]], Path(content["log"]))
     arm(faults)
+    faults.arms()
     # Nobody reads the pipes meanwhile.
     for stream in (sys.stdout, sys.stderr):
         with Path(content["log"]).with_suffix(f".{stream.name[4:-1]}").open("w") as file:

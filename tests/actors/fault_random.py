@@ -10,30 +10,32 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from safetensors.torch import load_file
 
+from tests.actors.engine_helpers import make_model, save_tokenizer
 from tests.actors.fault_chain import AGENTS, Chain, say, table
 from tests.actors.fault_driver import PHASES, TITLES, Cell
 from tests.actors.run_helpers import Running, make_workspace, start
 
 _LIMIT_S = 400.0
 _LOOK_STEPS = 20
+_LAG = 2
 _SHARED = Path("/dev/shm")
 
 
 def kills(options: argparse.Namespace, folder: Path) -> bool:
-    """One run of sft, killed with SIGKILL at random moments, against one that is not."""
+    """One run, killed with SIGKILL at random moments, against one that is not."""
     if not (folder / "model").is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         make_workspace(folder)
-    words = [
-        *("sft", "--config", str(folder / "sft.yaml"), "--trainer.tensor_model_parallel_size", "1"),
-        *("--sft.batch_size", "4", "--resume_steps", "1", "--lr", "1e-4"),
-    ]
-    cut, log = folder / "cut", folder / "kills.txt"
+        make_model("qwen3", seed=7).save_pretrained(folder / "teacher")
+        save_tokenizer(folder / "teacher")
+    words = _words(options.of, folder)
+    cut, log = folder / f"{options.of}-cut", folder / f"{options.of}-kills.txt"
     done = len(log.read_text().splitlines()) if log.is_file() else 0
     rng = random.Random(options.seed + done)
     for number in range(done + 1, options.times + 1):
@@ -42,16 +44,61 @@ def kills(options: argparse.Namespace, folder: Path) -> bool:
         with log.open("a") as file:
             file.write(line + "\n")
     last = max(_numbers(cut), default=0) + 5
-    whole = folder / "whole"
+    whole = folder / f"{options.of}-whole"
     for directory in (cut, whole):
         finished = start(*words, "--max_steps", str(last), "--output_dir", str(directory)).finish(_LIMIT_S)
         assert finished.code == 0, finished.err
-    expected, found = _numbers(whole), _numbers(cut)
-    weights, others = (load_file(each / "checkpoint" / "model.safetensors") for each in (whole, cut))
-    same = expected == found and all(torch.equal(others[name], weights[name]) for name in weights)
-    text = "are the same" if same else "DIFFER"
-    say(f"{options.times} kills, {last} steps: weights, losses and gradient norms of all steps {text}")
+    what, same = _same_prompts(cut, whole) if options.of == "lag" else _same_weights(cut, whole)
+    say(f"{options.times} kills, {last} steps: {what} of all steps {'are the same' if same else 'DIFFER'}")
     return same
+
+
+def _words(of: str, folder: Path) -> list[str]:
+    """The command that is killed: sft; gkd with a teacher in the ranks; grpo that samples two steps ahead."""
+    more = ("--resume_steps", "1", "--lr", "1e-4")
+    if of == "sft":
+        config = ("sft", "--config", str(folder / "sft.yaml"), "--tensor_model_parallel_size", "1")
+        return [*config, "--sft.batch_size", "4", *more]
+    data = ("--dataset", str(folder / "train.jsonl"), "--prompts_per_step", "4")
+    config = ("grpo", "--config", str(folder / "grpo.yaml"))
+    if of == "lag":
+        return [*config, *data, *more, "--max_lag", str(_LAG), "--filter_zero_variance", "false"]
+    rollout = ("--max_model_len", "64", "--kv_cache_memory_bytes", str(32 << 20), "--step_timeout_s", "120")
+    return [
+        *(
+            "gkd",
+            "--model",
+            str(folder / "model"),
+            "--teacher_model",
+            str(folder / "teacher"),
+            *more,
+            *rollout,
+        ),
+        *("--dataset", str(folder / "train.jsonl"), "--gkd.batch_size", "4", "--max_completion_length", "10"),
+        *("--torch_dtype", "float32", "--num_cpus", "4", "--lmbda", "0.5"),
+    ]
+
+
+def _same_weights(cut: Path, whole: Path) -> tuple[str, bool]:
+    weights, others = (load_file(each / "checkpoint" / "model.safetensors") for each in (whole, cut))
+    same = all(torch.equal(others[name], weights[name]) for name in weights)
+    return "weights, losses and gradient norms", same and _numbers(cut) == _numbers(whole)
+
+
+def _same_prompts(cut: Path, whole: Path) -> tuple[str, bool]:
+    """Of runs whose completions depend on when a sync comes: nothing is lost, and nothing trained on twice."""
+    found, expected = (
+        sorted((row["step"], row["prompt_id"], row["index"]) for row in _completions(each))
+        for each in (cut, whole)
+    )
+    late = any(row["step"] - 1 - min(row["weight_versions"]) > _LAG for row in _completions(cut))
+    return "prompts and numbers of completions", found == expected and not late
+
+
+def _completions(directory: Path) -> list[dict[str, Any]]:
+    """Those that were trained on."""
+    rows = map(json.loads, (directory / "rollouts.jsonl").read_text().splitlines())
+    return [row for row in rows if row["split"] == "train"]
 
 
 def _killed(words: list[str], directory: Path, rng: random.Random) -> str:

@@ -1,7 +1,7 @@
 """Faults x phases of a grpo run, and runs killed at random: the tables of docs/reliability.md. Not a test.
 
     python -m tests.actors.fault_table faults [--kind engine ...] [--phase sync ...] [--how kill ...]
-    python -m tests.actors.fault_table kills [--times 20]
+    python -m tests.actors.fault_table kills [--times 20] [--of sft|gkd|lag]
     python -m tests.actors.fault_table soak [--steps 200] [--kills 10]
 
 Each is right only if what comes out is bitwise what an undisturbed run gives, or, where a run ends, if it
@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("--kind", nargs="*", default=[*TITLES, "driver"])
     parser.add_argument("--phase", nargs="*", default=[*PHASES])
     parser.add_argument("--how", nargs="*", default=["kill", "stop", "raise"])
+    parser.add_argument("--of", choices=("sft", "gkd", "lag"), default="sft", help="what is killed at random")
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--kills", type=int, default=10)

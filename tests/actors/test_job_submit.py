@@ -30,7 +30,7 @@ pytestmark = pytest.mark.e2e
 AUTH = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}
 README = (ROOT / "README.md").read_text()
 OUTPUT = "/shared/runs/tiny"
-LABEL = "bascule-role"
+LABEL, OTHER_LABEL = "bascule-role", "other-role"
 OURS = ("run", "algorithm", *{each.label for each in METRICS if each.label is not None})
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -39,6 +39,7 @@ RAY = str(Path(sys.executable).with_name("ray"))
 class Head:
     """A cluster of two nodes: its dashboard, and the metrics of the node on which drivers run."""
 
+    address: str
     dashboard: str
     metrics: str
 
@@ -55,7 +56,8 @@ def start_node(*words: str, role: str) -> subprocess.Popen[str]:
     ports = [str(free_port("127.0.0.1")) for _ in range(2)]
     return subprocess.Popen(
         [
-            *(RAY, "start", "--block", "--num-cpus", "4", "--labels", f"{LABEL}={role}", *words),
+            *(RAY, "start", "--block", "--num-cpus", "4", *words),
+            *("--labels", f"{LABEL}={role},{OTHER_LABEL}={'trainer' if role == 'rollout' else 'none'}"),
             *("--dashboard-agent-listen-port", ports[0], "--ray-client-server-port", ports[1]),
         ],
         env=os.environ | AUTH | {"RAY_raylet_start_wait_time_s": "180"},
@@ -84,7 +86,11 @@ def head() -> Iterator[Head]:
     # In one folder they would unpack what is submitted over each other.
     folders = [tempfile.mkdtemp(prefix="h") for _ in range(2)]
     gcs, dashboard, metrics = (free_port("127.0.0.1") for _ in range(3))
-    found = Head(dashboard=f"http://127.0.0.1:{dashboard}", metrics=f"http://127.0.0.1:{metrics}/metrics")
+    found = Head(
+        address=f"127.0.0.1:{gcs}",
+        dashboard=f"http://127.0.0.1:{dashboard}",
+        metrics=f"http://127.0.0.1:{metrics}/metrics",
+    )
     node_ip = ("--node-ip-address", "127.0.0.1")
     nodes = [
         start_node(
@@ -97,7 +103,7 @@ def head() -> Iterator[Head]:
     try:
         wait_for(lambda: bool(found.get("/api/version")), nodes[0], "the dashboard does not answer")
         nodes.append(
-            start_node(*("--address", f"127.0.0.1:{gcs}", "--temp-dir", folders[1], *node_ip), role="rollout")
+            start_node(*("--address", found.address, "--temp-dir", folders[1], *node_ip), role="rollout")
         )
         wait_for(lambda: len(roles_of_nodes(found)) == 2, nodes[1], "the second node does not join")
         yield found
@@ -314,3 +320,35 @@ def test_ctrl_c_stops_the_job_and_the_same_command_goes_on(head: Head, clone: Pa
         span.name for span in read_trace(output / "trace.json")["driver"] if span.name.startswith("step")
     ]
     assert drawn[-2:] == [f"step {last - 1}", f"step {last}"]
+
+
+def test_a_run_on_a_node_that_drains_saves_and_says_so(head: Head, clone: Path, tmp_path: Path) -> None:
+    """The last one here: its node leaves the cluster."""
+    output = tmp_path / "run"
+    words = ["--output_dir", str(output), "--lr_warmup_iters", "0", "--max_steps", "100000"]
+    job = start_submit(clone, head, *words, "--node_label", OTHER_LABEL)
+    assert job.stdout is not None
+    seen = ""
+    while "step      3/" not in seen:
+        line = job.stdout.readline()
+        assert line, seen
+        seen += line
+    (node,) = (id for id, role in roles_of_nodes(head).items() if role == "rollout")
+    drained = subprocess.run(
+        [
+            *(RAY, "drain-node", "--address", head.address, "--node-id", node),
+            *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "it is taken away"),
+            *("--deadline-remaining-seconds", "100"),
+        ],
+        env=os.environ | AUTH,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert drained.returncode == 0, drained.stderr
+    out = job.communicate(timeout=150)[0]
+    assert job.returncode == 75, seen + out
+    pattern = rf"node {node[:8]} is draining, \d+ s are left: ended after step (\d+); started again"
+    (saved,) = re.findall(pattern, out)
+    assert (output / "resume" / f"step-{saved}" / "manifest.json").is_file()

@@ -218,6 +218,18 @@ def test_engines_sample_as_the_checkpoint_that_is_saved(rewarded: Finished, work
         assert logits[len(picture.prompt) - 1 : -1].argmax(-1).tolist() == found
 
 
+def test_infer_answers_to_a_picture_as_the_run_did(rewarded: Finished, workspace: Path) -> None:
+    assert rewarded.code == 0, rewarded.err
+    last = [row for row in rows(workspace / "grpo" / "rollouts.jsonl") if row["split"] == "eval"][-1]
+    (picture, text) = last["messages"][0]["content"]
+    finished = run(
+        *("infer", "--model", str(workspace / "grpo" / "checkpoint"), "--image", picture["image"]),
+        *("--prompt", text["text"], "--max_new_tokens", "4"),
+    )
+    assert finished.code == 0, finished.err
+    assert finished.out.strip() == last["completion"].strip()
+
+
 def test_a_tower_that_is_not_trained_is_sent_once(rewarded: Finished, workspace: Path) -> None:
     assert rewarded.code == 0, rewarded.err
     before, after = (load(workspace / run / "checkpoint").state_dict() for run in ("sft", "grpo"))
