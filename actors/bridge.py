@@ -64,7 +64,7 @@ class WeightBridge:
         self._bucket_bytes = int(self._settings.bucket_size_mb * (1 << 20))
         plan = cut_plan(trainers.plan, self._bucket_bytes, trainers.fixed_units)
         self._wire: Mapping[str, Any] = to_wire(plan)
-        trainers.follow(self._bucket_bytes)
+        trainers.follow(self._bucket_bytes, by_content=self._settings.skip_unchanged)
         common = (plan, trainers, self._settings.offload_bridge, self._start_timeout_s, self._collective_s)
         self._home: BridgeHome = (
             DedicatedBridge(reservation, self._settings.stall_timeout_s, *common)
@@ -115,7 +115,7 @@ class WeightBridge:
         The bridge is made anew as well, for it may wait for ranks that are no more.
         """
         self._joined, self._trainers_joined, self._must_be_full = (), False, True
-        self._trainers.follow(self._bucket_bytes)
+        self._trainers.follow(self._bucket_bytes, by_content=self._settings.skip_unchanged)
         self._home.start()
 
     def manifest(self) -> list[ManifestEntry]:

@@ -181,7 +181,11 @@ class EnginePool:
                 self._closed.wait(_LOOK_S)
                 continue
             self._listen()
-            ready, _ = ray.wait(refs, num_returns=1, timeout=_LOOK_S)
+            try:
+                ready, _ = ray.wait(refs, num_returns=1, timeout=_LOOK_S)
+            except SystemExit:
+                # What Ray says to those who still wait when it ends.
+                return
             for ref in ready:
                 with self._lock:
                     member = self._watched.pop(ref)

@@ -134,9 +134,10 @@ class TrainerGroup:
         batch = pack([sample] * replicas, layout)
         return self._logprobs(batch, reference=False, temperature=1.0)[0][0][: len(tokens) - 1].tolist()
 
-    def follow(self, bucket_bytes: int) -> None:
-        """Let every rank cut the plan into buckets of this size."""
-        self._all([rank.follow.remote(bucket_bytes, self.fixed_units) for rank in self.ranks], "plan")
+    def follow(self, bucket_bytes: int, *, by_content: bool) -> None:
+        """Let every rank cut the plan into buckets of this size; see actors.sync_rank for `by_content`."""
+        words = bucket_bytes, self.fixed_units, by_content
+        self._all([rank.follow.remote(*words) for rank in self.ranks], "plan")
 
     def sync(self, method: str, arguments: Sequence[Sequence[Any]], first: int = 0) -> list[Any]:
         """Refs of a method of actors.sync_rank on the ranks from `first` on, each with its own arguments."""

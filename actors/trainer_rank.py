@@ -232,12 +232,11 @@ class TrainerRank:
             return self._model.base_logprobs(micro_batches, temperature)
         return self._reference.logprobs(micro_batches, temperature)
 
-    def follow(self, bucket_bytes: int, fixed: frozenset[str] = frozenset()) -> None:
+    def follow(self, bucket_bytes: int, fixed: frozenset[str], by_content: bool) -> None:
         """Cut the plan into buckets; from now on sending needs no more words. Of the units `fixed` no rank trains
         anything."""
-        settings = self._config.bridge
-        ours = self._parameters, self._plan, bucket_bytes, self._rank, settings.transport
-        self._sync = SyncRank(*ours, self.spans, fixed=fixed, by_content=settings.skip_unchanged)
+        ours = self._parameters, self._plan, bucket_bytes, self._rank, self._config.bridge.transport
+        self._sync = SyncRank(*ours, self.spans, fixed=fixed, by_content=by_content)
 
     def sync(self, method: str, *arguments: Any) -> Any:
         """Call this rank's part in weight syncs (actors.sync_rank)."""

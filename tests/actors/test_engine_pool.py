@@ -60,7 +60,7 @@ class Engine:
                 raise BasculeError("vLLM failed: EngineDeadError")
         return Group(prompt=one, rollouts=(os.getpid(),))  # pyright: ignore[reportArgumentType]
 
-    async def score(self, tokens: list[int]) -> list[float]:
+    async def score(self, tokens: list[int], vision: None = None) -> list[float]:
         await asyncio.sleep(0.5)
         return [float(token) for token in tokens[1:]]
 

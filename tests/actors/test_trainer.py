@@ -9,6 +9,7 @@ from actors import deadline, trainer
 from actors.model_source import ModelSource
 from actors.placement import Reservation
 from actors.trainer_rank import Sources, Started
+from bridge.plan import Plan
 from configs.schema import RunConfig
 
 
@@ -20,7 +21,11 @@ class Method:
 
     def remote(self, *arguments: Any) -> Any:
         self._calls.append((self._name, *arguments))
-        return Started(plan=cast(Any, "a plan"), warnings=()) if self._name == "start" else None
+        return (
+            Started(plan=Plan(tensors=(), pieces={}), warnings=(), changing=frozenset())
+            if self._name == "start"
+            else None
+        )
 
 
 class Rank:

@@ -33,6 +33,7 @@ FAMILY = Family(
         Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Replicated()),
         Rule("decoder.layers.{L}.experts.{E}.weight", ("layers.{L}.experts.{E}.one",), Row()),
         Rule("decoder.layers.{L}.experts.{E}.weight", ("layers.{L}.all",), Replicated()),
+        Rule("output_layer.weight", ("lm_head.weight",), Replicated()),
         Rule("mtp.layers.{M}.norm", ("layers.{N}.norm", "extra.{M}"), Replicated()),
     ),
     megatron=lambda hf: spec(),
