@@ -56,4 +56,6 @@ types: setup-test
 # Two workers: alone, a test of the whole stack leaves a third of two cores idle. Files stay together, in the order of
 # tests/conftest.py.
 test: lint types
+	@# Each of many hundred processes would compile the project again where Python is told to write nothing.
+	$(BIN)/python -m compileall -q actors algorithms bridge configs tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 from tqdm import tqdm
 
+from actors.heavy_imports import uncollected
 from actors.reward_options import add_commands
 from actors.submit_options import add_command as add_submit
 from configs.errors import BasculeError, ConfigError, WriteError
@@ -170,8 +171,9 @@ def _add_command(
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
     config = load_config(options.config, rest, options.algorithm)
-    from actors.ending import EndedEarlyError
-    from actors.run import run
+    with uncollected():
+        from actors.ending import EndedEarlyError
+        from actors.run import run
 
     try:
         result = run(config, Terminal()) | _install_seconds()

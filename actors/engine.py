@@ -17,6 +17,7 @@ from actors.engine_episode import Player, episode
 from actors.engine_scoring import rows_of, scoring_params, top_tokens
 from actors.engine_vision import Eyes, Shown, engine_input
 from actors.engine_watch import LOOK_S, EngineWatch
+from actors.heavy_imports import uncollected
 from actors.spans import SpanLog, Taken, traced
 from algorithms.data import FloatRow, Group, IntRow, Prompt, Rollout, SamplingSettings, TopTokens, Vision
 from algorithms.environments.calling import EnvironmentFailedError
@@ -108,8 +109,9 @@ class Engine:
                 f"{self._name}: this project is not installed in {sys.prefix}; its dependencies alone are not "
                 "enough: run `pip install --no-deps -e .` there"
             )
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
+        with uncollected():
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
             self._eyes = Eyes(Path(self._arguments["model"]), self._config.vision)

@@ -2,6 +2,7 @@
 
 from typing import cast
 
+from actors.heavy_imports import uncollected
 from configs.schema import LayoutConfig
 
 
@@ -20,11 +21,12 @@ def start_rank(
     Nothing may have imported Megatron before. `address` is an init_method of torch.distributed. Raises
     BasculeError when the sizes do not fit, or when the ranks do not all come within `timeout_s`.
     """
-    if device == "cpu":
-        from actors.megatron_cpu import install
+    with uncollected():
+        if device == "cpu":
+            from actors.megatron_cpu import install
 
-        install()
-    from actors.megatron_setup import Device, initialize_megatron
+            install()
+        from actors.megatron_setup import Device, initialize_megatron
 
     initialize_megatron(
         layout,

@@ -1,7 +1,7 @@
 """Engines of several models in one process, one after the other: vLLM is imported once. Not a test.
 
 `python -m tests.actors.engine_seeing FOLDER` makes an engine for each model directory in FOLDER and writes
-FOLDER/answers.pickle: by directory what was asked and what came.
+FOLDER/answers.pickle: by directory what was asked and what came; under "infer" what `bascule infer` says.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from actors.engine_settings import engine_arguments, engine_environment
 from algorithms.conversations import make_prompts
 from algorithms.data import Prompt, SamplingSettings
 from algorithms.datasets import read_rows
+from configs.export import InferConfig
 from configs.schema import RunConfig
 
 
@@ -67,8 +68,16 @@ async def answers(config: RunConfig, prompts: list[Prompt]) -> dict[str, Any]:
     return {"groups": groups, "score": score, "blind": blind, "again": again}
 
 
+def inferred(model: Path, picture: Path) -> str:
+    """What `bascule infer --image` says."""
+    from actors.infer import infer
+
+    config = InferConfig(model=str(model), prompt="range", image=(str(picture),), max_new_tokens=6)
+    return infer(config, lambda _: None)
+
+
 def main(folder: Path) -> None:
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"infer": inferred(folder / "qwen3_vl", folder / "small.png")}
     for directory in sorted(path.parent for path in folder.glob("*/config.json")):
         config = run_config(directory, folder / "rows.jsonl")
         found[directory.name] = asyncio.run(answers(config, prompts_of(config)))

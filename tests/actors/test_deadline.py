@@ -8,7 +8,6 @@ import pytest
 import ray
 
 from actors.deadline import ActorLostError, DeadlineExceededError, get_all
-from bridge.transport.gloo import TransportError
 from configs.errors import BasculeError
 
 pytestmark = pytest.mark.e2e
@@ -25,6 +24,9 @@ class Actor:
             case "foreign":
                 raise RuntimeError("connection closed by peer")
             case "transport":
+                # Not above: it brings torch, which the other actors need not import.
+                from bridge.transport.gloo import TransportError
+
                 raise TransportError("connection closed by peer")
             case "own":
                 raise ComponentError("tensor x does not fit")

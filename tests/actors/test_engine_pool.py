@@ -1,6 +1,5 @@
 """Engines that die: who notices, who takes their work, who replaces them. Ray actors without vLLM in them."""
 
-import asyncio
 import os
 import signal
 import threading
@@ -17,52 +16,14 @@ from actors.engine_group import EngineGroup
 from actors.engine_pool import EngineLostError, EnginePool, Member
 from actors.events import Event, unheard
 from actors.teacher_engines import TeacherEngines
-from algorithms.data import Group, Prompt, SamplingSettings
+from algorithms.data import Group
 from configs.errors import BasculeError
 from tests.actors.engine_helpers import prompt, settings
 from tests.actors.engine_teaching import sample_to_judge
+from tests.actors.pool_engine import Engine
 
 pytestmark = pytest.mark.engine
 pytest_plugins = ("tests.actors.engine_fixtures",)
-
-
-class Engine:
-    """Answers with its process id in place of rollouts, after a second when more than 12 tokens are asked for."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = Path(folder)
-
-    async def start(self) -> int:
-        while (self._folder / "starts-slowly").exists():
-            await asyncio.sleep(0.05)
-        if (self._folder / "cannot-start").exists():
-            raise BasculeError("no weights")
-        return os.getpid()
-
-    async def watch(self) -> None:
-        while not (self._folder / f"core-dead-{os.getpid()}").exists():
-            await asyncio.sleep(0.05)
-        raise BasculeError("its core is gone")
-
-    async def progress(self) -> None:
-        """A sign of life."""
-
-    async def generate(self, one: Prompt, sampling: SamplingSettings, *others: object) -> Group:
-        if one.id == "p14":
-            await asyncio.sleep(0.3)
-            os.kill(os.getpid(), signal.SIGKILL)
-        if one.id == "p13":
-            raise BasculeError("a prompt that no engine takes")
-        deadline = time.monotonic() + (1.0 if sampling.max_tokens > 12 else 0.0)
-        while time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-            if (self._folder / f"core-dead-{os.getpid()}").exists():
-                raise BasculeError("vLLM failed: EngineDeadError")
-        return Group(prompt=one, rollouts=(os.getpid(),))  # pyright: ignore[reportArgumentType]
-
-    async def score(self, tokens: list[int], vision: None = None) -> list[float]:
-        await asyncio.sleep(0.5)
-        return [float(token) for token in tokens[1:]]
 
 
 @pytest.fixture
@@ -175,7 +136,8 @@ def test_a_lost_teacher_is_replaced_and_not_waited_for_while_there_is_another(ma
     want = [[0.0, *sample.tokens[1:]] for sample in samples]
     assert [row.tolist() for row in teacher.token_logprobs(samples)] == want
     killing.join()
-    until(lambda: group.pool.members("new"))
+    # It may be back before the others have done its part.
+    until(lambda: any(member.incarnation for member in group.pool.members("new", "up")))
     # Nobody gives it weights, and it works all the same.
     assert [row.tolist() for row in teacher.token_logprobs(samples)] == want
     assert [member.incarnation for member in group.members] == [1, 0]

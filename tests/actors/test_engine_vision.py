@@ -171,3 +171,26 @@ def test_completions_to_pictures_have_transformers_log_probabilities(
     for rollout, again in zip(groups[0].rollouts, answers[family]["again"].rollouts, strict=True):
         np.testing.assert_array_equal(rollout.tokens, again.tokens)
         np.testing.assert_allclose(rollout.logprobs, again.logprobs, atol=2e-5)
+
+
+def test_infer_shows_a_picture(answers: dict[str, Any], models: dict[str, Any], folder: Path) -> None:
+    model, tokenizer = models["qwen3_vl"], hf.AutoTokenizer.from_pretrained(folder / "qwen3_vl")
+    picture = Image.open(folder / "small.png")
+    seen = Qwen2VLImageProcessorPil.from_pretrained(folder / "qwen3_vl")([picture], return_tensors="pt")
+    content = [{"type": "image"}, {"type": "text", "text": "range"}]
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    tokens: list[int] = tokenizer(text.replace(IMAGE, IMAGE * (int(seen["image_grid_thw"].prod()) // 4)))[
+        "input_ids"
+    ]
+    said: list[int] = []
+    while len(said) < 6 and said[-1:] != [tokenizer.eos_token_id]:
+        row = torch.tensor([[*tokens, *said]])
+        with torch.no_grad():
+            logits = model(
+                input_ids=row, mm_token_type_ids=(row == model.config.image_token_id).int(), **seen
+            ).logits
+        said.append(int(logits[0, -1].argmax()))
+    assert answers["infer"] == tokenizer.decode(said, skip_special_tokens=True)
+    assert answers["infer"]

@@ -13,7 +13,7 @@ from actors.model_source import ModelSource
 from bridge.partial_directory import partial_of
 from configs.errors import ConfigError
 from configs.export import ExportConfig
-from tests.actors.run_helpers import Finished, assert_texts_are_transformers, make_workspace, rows, run, start
+from tests.actors.run_helpers import Finished, assert_texts_are_transformers, make_workspace, rows, run
 
 pytestmark = pytest.mark.e2e
 
@@ -56,18 +56,16 @@ def failed(workspace: Path, to_mcore: Finished) -> Finished:
 
 @pytest.fixture(scope="module")
 def trained(workspace: Path, to_mcore: Finished) -> Finished:
-    """GRPO with weights and reference from torch_dist, saved as torch_dist. One of two engines dies on the way."""
+    """GRPO with weights and reference from torch_dist, saved as torch_dist."""
     assert to_mcore.code == 0, to_mcore.err
-    running = start(
+    return run(
         *("grpo", "--config", str(workspace / "grpo.yaml"), "--output_dir", str(workspace / "run")),
         *("--model.model", "null", "--model.mcore_model", str(workspace / "mcore")),
         *("--mcore_ref_model", str(workspace / "mcore"), "--beta", "0.1"),
-        *("--save_steps", "1", "--save_safetensors", "false", "--num_engines", "2"),
+        *("--save_steps", "1", "--save_safetensors", "false"),
         *("--tensor_model_parallel_size", "1", "--data_parallel_size", "2"),
         *("--expert_model_parallel_size", "2"),
     )
-    running.kill_an_engine(workspace / "run" / "metrics.jsonl")
-    return running.finish()
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -148,22 +146,13 @@ def test_engines_and_reference_start_with_the_weights_of_the_torch_dist_checkpoi
     workspace: Path, trained: Finished
 ) -> None:
     assert trained.code == 0, trained.err
+    assert trained.left == []
     steps = [row for row in rows(workspace / "run" / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3]
     for row in steps:
         assert row["sampling/logprob_difference_mean"] < 1e-5
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-9)
     assert steps[1]["kl"] > 1e-5
-
-
-def test_a_run_that_loses_an_engine_says_so_and_leaves_no_process(workspace: Path, trained: Finished) -> None:
-    assert "is lost" in trained.err
-    assert trained.left == []
-    events = rows(workspace / "run" / "events.jsonl")
-    lost = next(row for row in events if row["kind"] == "restart")
-    assert lost["text"].startswith(f"engine {lost['engine']} is lost: ")
-    assert lost["text"].endswith("; starting another")
-    assert 1 <= lost["step"] <= 3
 
 
 def test_a_torch_dist_checkpoint_of_a_run_becomes_the_model_that_its_engines_had(

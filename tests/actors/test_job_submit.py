@@ -292,7 +292,15 @@ def test_submit_exits_as_the_run_does(head: Head, clone: Path, tmp_path: Path) -
 
 def test_ctrl_c_stops_the_job_and_the_same_command_goes_on(head: Head, clone: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    words = ["--output_dir", str(output), "--lr_warmup_iters", "0", "--max_steps"]
+    words = [
+        "--output_dir",
+        str(output),
+        "--data_parallel_size",
+        "1",
+        "--lr_warmup_iters",
+        "0",
+        "--max_steps",
+    ]
     job = start_submit(clone, head, *words, "100000")
     assert job.stdout is not None
     seen = ""
@@ -325,8 +333,8 @@ def test_ctrl_c_stops_the_job_and_the_same_command_goes_on(head: Head, clone: Pa
 def test_a_run_on_a_node_that_drains_saves_and_says_so(head: Head, clone: Path, tmp_path: Path) -> None:
     """The last one here: its node leaves the cluster."""
     output = tmp_path / "run"
-    words = ["--output_dir", str(output), "--lr_warmup_iters", "0", "--max_steps", "100000"]
-    job = start_submit(clone, head, *words, "--node_label", OTHER_LABEL)
+    words = ["--output_dir", str(output), "--data_parallel_size", "1", "--node_label", OTHER_LABEL]
+    job = start_submit(clone, head, *words, "--lr_warmup_iters", "0", "--max_steps", "100000")
     assert job.stdout is not None
     seen = ""
     while "step      3/" not in seen:

@@ -17,7 +17,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_reward_that_raises_ends_the_run_with_its_name(workspace: Path) -> None:
     finished = run(
         *("grpo", "--config", str(workspace / "grpo.yaml"), "--output_dir", str(workspace / "broken")),
-        *("--rewards.0.function", f"{workspace / 'rewards.py'}:broken"),
+        *("--rewards.0.function", f"{workspace / 'rewards.py'}:broken", "--tensor_model_parallel_size", "1"),
     )
     assert finished.code == 1
     assert finished.left == []

@@ -50,7 +50,7 @@ RUNS = {
             "--lr",
             "1e-2",
         ),
-        *("--max_steps", "40", "--seq_kd", "--temperature", "0.01", "--gkd_logits_topk", "30"),
+        *("--max_steps", "16", "--seq_kd", "--temperature", "0.01", "--gkd_logits_topk", "30"),
         *("--teacher_backend", "engine", "--teacher.engine.num_engines", "2"),
         *("--teacher.engine.max_model_len", "64", "--teacher.engine.kv_cache_memory_bytes", str(32 << 20)),
     ],
@@ -135,7 +135,7 @@ def test_steps_are_on_policy_as_often_as_asked(runs: dict[str, Finished], worksp
     versions = {row["step"]: row["weight_versions"] for row in rows(workspace / "half" / "rollouts.jsonl")}
     assert versions == {row["step"]: [row["step"] - 1] * 2 for row in steps if row["on_policy"]}
     given = [row["on_policy"] for row in rows(workspace / "written" / "metrics.jsonl") if "loss" in row]
-    assert given == [0.0] * 40
+    assert given == [0.0] * 16
 
 
 def test_a_teacher_in_engines_writes_completions_and_one_that_is_killed_is_replaced(
@@ -152,8 +152,8 @@ def test_a_teacher_in_engines_writes_completions_and_one_that_is_killed_is_repla
     # At this temperature nothing comes that is less likely than the likeliest by much.
     teacher = AutoModelForCausalLM.from_pretrained(workspace / "teacher", dtype=torch.float32)
     completions = rows(directory / "rollouts.jsonl")
-    assert len(completions) == 40 * 16
-    for row in completions[::60]:
+    assert len(completions) == 16 * 16
+    for row in completions[::25]:
         before, own = numbers(row["columns"]["prompt"]), row["token_ids"]
         with torch.no_grad():
             logits_TV = teacher(torch.tensor([[*before, *own]])).logits[0, len(before) - 1 : -1]

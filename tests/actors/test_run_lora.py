@@ -154,6 +154,10 @@ def test_an_engine_that_replaces_a_killed_one_gets_the_adapter(
     assert runs["adapter"].code == runs["merged"].code == 0
     assert re.search(r"engine 0 has version \d from the trainers", runs["adapter"].err)
     assert "has version" not in runs["merged"].err
+    lost = next(row for row in rows(workspace / "adapter" / "events.jsonl") if row["kind"] == "restart")
+    assert lost["text"].startswith("engine 0 is lost: ")
+    assert lost["text"].endswith("; starting another")
+    assert 1 <= lost["step"] <= 2
     said = [
         sorted((row["step"], row["split"], row["prompt_id"], row["completion"]) for row in rows(path))
         for path in (workspace / name / "rollouts.jsonl" for name in runs)
