@@ -5,6 +5,7 @@ FOLDER/answers.pickle: by directory what was asked and what came; under "infer" 
 """
 
 import asyncio
+import multiprocessing
 import os
 import pickle
 import sys
@@ -84,10 +85,19 @@ def main(folder: Path) -> None:
     (folder / "answers.pickle").write_bytes(pickle.dumps(found))
 
 
+def fork_cores() -> None:
+    """Let cores begin where this process is, so that vLLM is imported once: no thread has computed in it.
+
+    vLLM has them start anew on CPU, for the sake of OpenMP's threads; here there is one.
+    """
+    from vllm.v1.engine import utils
+
+    setattr(utils, "get_mp_context", lambda: multiprocessing.get_context("fork"))  # noqa: B010
+
+
 if __name__ == "__main__":
-    os.environ.update(engine_environment(sys.argv[1], "cpu", 2))
-    # Nothing has computed in this process yet, so cores may begin where it is: vLLM is imported once.
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+    os.environ.update(engine_environment(sys.argv[1], "cpu", 1))
+    fork_cores()
     main(Path(sys.argv[1]))
     # vLLM's threads of a stopped engine are not waited for.
     os._exit(0)

@@ -171,7 +171,7 @@ class Chain:
         lines = self.lines("faults")
         places = [number for number, line in enumerate(lines) if "fault" in line]
         expected = _facts(self.lines("reference"))
-        for place, following in zip(places, [*places[1:], len(lines)], strict=True):
+        for place, following in zip(places, [*places[1:], len(lines)], strict=False):
             cell = Cell(**dict(zip(("kind", "phase", "how"), lines[place]["fault"], strict=True)))
             mine, later = lines[place + 1 : following], lines[place + 1 :]
             yield cell, *_judge(cell, lines[place], mine, later, expected)

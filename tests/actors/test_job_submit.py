@@ -197,6 +197,7 @@ def test_the_command_of_the_readme_trains_and_saves(head: Head, clone: Path, tmp
             [
                 *(RAY, *shlex.split(words)[1:]),
                 *("--max_steps", "3", "--eval_size", "20", "--lr_warmup_iters", "0", "--max_lag", "1"),
+                *("--prompts_per_step", "32"),
                 *("--node_label", LABEL, "--bridge.placement", "trainer", "--run_name", "of the readme"),
                 # A model that has learned nothing may have no group with a signal, and such a step no sync.
                 *("--filter_zero_variance", "false"),
@@ -218,7 +219,7 @@ def test_the_command_of_the_readme_trains_and_saves(head: Head, clone: Path, tmp
     assert "result: {" in said
     steps = [row for row in rows(output / "metrics.jsonl") if "reward" in row]
     assert [row["step"] for row in steps] == [1, 2, 3]
-    assert len(rows(output / "rollouts.jsonl")) == 3 * 128 * 4 + 2 * 20
+    assert len(rows(output / "rollouts.jsonl")) == 3 * 32 * 4 + 2 * 20
     AutoModelForCausalLM.from_pretrained(output / "checkpoint")
     check_metrics(seen, steps)
     check_trace(output)
@@ -266,8 +267,8 @@ def check_trace(output: Path) -> None:
     assert set(trace) == {"driver", *ranks, "engine 0", *workers}
     for step, train in enumerate([span for span in trace[ranks[0]] if span.name == "train"][:2], 1):
         begun = sum(span.name == "generate" and span.begin < train.end for span in trace["engine 0"])
-        # Beside those of the evaluation and of the steps so far, of 128 prompts each.
-        assert begun > 20 + 128 * step
+        # Beside those of the evaluation and of the steps so far, of 32 prompts each.
+        assert begun > 20 + 32 * step
 
 
 def test_submit_exits_as_the_run_does(head: Head, clone: Path, tmp_path: Path) -> None:

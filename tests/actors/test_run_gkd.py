@@ -59,7 +59,7 @@ RUNS = {
 REWARDED = (
     *("--torch_dtype", "float32", "--num_cpus", "4", "--step_timeout_s", "120", "--max_model_len", "64"),
     *("--kv_cache_memory_bytes", str(32 << 20), "--tensor_model_parallel_size", "2", "--lr", "5e-3"),
-    *("--teacher_kl_coef", "1", "--num_generations", "1", "--prompts_per_step", "20", "--max_steps", "40"),
+    *("--teacher_kl_coef", "1", "--num_generations", "1", "--prompts_per_step", "20", "--max_steps", "26"),
     *("--max_completion_length", "10", "--eval_temperature", "1"),
 )
 

@@ -52,6 +52,7 @@ def runs(sft: Finished, workspace: Path) -> dict[str, Finished]:
     """
     assert sft.code == 0, sft.err
     merged = ("--vllm_enable_lora", "false", "--ref_model", str(workspace / "model"))
+    merged += ("--tensor_model_parallel_size", "1")
     found: dict[str, Finished] = {}
     for name, words in (("adapter", ("--vllm_enable_lora", "true", *STAGES)), ("merged", merged)):
         running = start(

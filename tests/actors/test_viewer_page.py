@@ -235,9 +235,13 @@ def test_tokens_have_the_colours_of_their_numbers(opened: Opened) -> None:
     page = opened.page
 
     def colours(index: int) -> list[str]:
-        return page.locator(f".card[data-index='{index}'] .token").evaluate_all(
-            "(all) => all.map((each) => getComputedStyle(each).backgroundColor)"
-        )
+        """One that is replaced meanwhile, as a live page does, has none: then ask again."""
+        tokens = page.locator(f".card[data-index='{index}'] .token")
+        found = [""]
+        end = time.monotonic() + 5
+        while not all(found) and time.monotonic() < end:
+            found = tokens.evaluate_all("(all) => all.map((each) => getComputedStyle(each).backgroundColor)")
+        return found
 
     def scale() -> float:
         return float(page.locator(".scale").get_attribute("data-scale"))
