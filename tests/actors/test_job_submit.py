@@ -186,6 +186,17 @@ def start_submit(clone: Path, head: Head, *words: str, token: str = "a" * 64) ->
     )
 
 
+def read_until(job: subprocess.Popen[str], words: str) -> str:
+    """What it has printed up to the line with these words."""
+    assert job.stdout is not None
+    seen = ""
+    while words not in seen:
+        line = job.stdout.readline()
+        assert line, seen
+        seen += line
+    return seen
+
+
 def test_the_command_of_the_readme_trains_and_saves(head: Head, clone: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -303,12 +314,7 @@ def test_ctrl_c_stops_the_job_and_the_same_command_goes_on(head: Head, clone: Pa
         "--max_steps",
     ]
     job = start_submit(clone, head, *words, "100000")
-    assert job.stdout is not None
-    seen = ""
-    while "step      3/" not in seen:
-        line = job.stdout.readline()
-        assert line, seen
-        seen += line
+    seen = read_until(job, "step      3/")
     job.send_signal(signal.SIGINT)
     out = job.communicate(timeout=120)[0]
     assert job.returncode == 130, seen + out
@@ -336,12 +342,7 @@ def test_a_run_on_a_node_that_drains_saves_and_says_so(head: Head, clone: Path, 
     output = tmp_path / "run"
     words = ["--output_dir", str(output), "--data_parallel_size", "1", "--node_label", OTHER_LABEL]
     job = start_submit(clone, head, *words, "--lr_warmup_iters", "0", "--max_steps", "100000")
-    assert job.stdout is not None
-    seen = ""
-    while "step      3/" not in seen:
-        line = job.stdout.readline()
-        assert line, seen
-        seen += line
+    seen = read_until(job, "step      3/")
     (node,) = (id for id, role in roles_of_nodes(head).items() if role == "rollout")
     drained = subprocess.run(
         [
