@@ -1,5 +1,7 @@
 """A gloo group of our own, beside torch's default one."""
 
+import contextlib
+import secrets
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +13,9 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from bridge.transport.errors import TransportError
+
+# Below the ports of outgoing connections, above those of Ray's workers.
+_FIRST_PORT, _PORTS, _PORT_TRIES = 20_000, 10_000, 50
 
 
 class GlooGroup:
@@ -126,7 +131,15 @@ def connect(
 
 
 def free_port(host: str) -> int:
-    """A port that nothing listened on at `host`, an address of this machine, a moment ago."""
+    """A port that nothing listened on at `host`, an address of this machine, a moment ago.
+
+    It is not one that systems give to outgoing connections, which could take it before somebody listens on it.
+    """
+    for _ in range(_PORT_TRIES):
+        port = _FIRST_PORT + secrets.randbelow(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return port
     with socket.socket() as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]

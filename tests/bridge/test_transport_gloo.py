@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from bridge.transport import gloo
 from bridge.transport.errors import TransportError
 from bridge.transport.gloo import GlooGroup, connect, free_port
 
@@ -201,3 +203,14 @@ def test_a_child_ends_with_its_killed_parent(tmp_path: Path) -> None:
         # The pipe ends with its last writer: the child.
         assert parent.stdout.read() == ""
     assert time.monotonic() - began < 10
+
+
+def test_ports_are_none_that_outgoing_connections_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert {free_port(HOST) < first for _ in range(20)} == {True}
+    with socket.socket() as taken:
+        port = free_port(HOST)
+        taken.bind((HOST, port))
+        monkeypatch.setattr(gloo, "_FIRST_PORT", port)
+        monkeypatch.setattr(gloo, "_PORTS", 1)
+        assert free_port(HOST) >= first
